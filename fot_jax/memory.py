@@ -1,0 +1,357 @@
+"""Caches as pytrees of fixed capacity, and the two ways of reading memory: dense, and exact top-k.
+
+Memory is what a memory layer keeps of everything before the open window: un-rotated keys, and values, both [B, G, M, K], of
+which the first `length_B[b]` slots of row b are filled, oldest first. Local caches hold un-rotated keys too, so that spilling a
+window into memory is a copy. Nothing here is mutable and no slot holds a sentinel: what is filled is said by lengths alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fot_jax import attention
+from fot_jax.config import ModelConfig
+
+Array = jax.Array
+
+SCORE_BYTES = 64 * 2**20  # scores held at a time, whatever the lengths of queries and memory
+SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
+INT32_MAX = 2**31 - 1
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "length_B"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of some layers, appended to in place when donated.
+
+    Attributes:
+        keys, values: one [B, G, M, K] array a layer; un-rotated keys.
+        length_B: int32, slots filled in every layer.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length_B: Array
+
+    @property
+    def capacity(self) -> int:
+        """M, slots a row can hold."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+
+def init_cache(config: ModelConfig, batch: int, layers: int, capacity: int, dtype: str) -> Cache:
+    """An empty cache of `layers` layers with room for `capacity` tokens a row.
+
+    Raises:
+        ValueError: a capacity that int32 slot numbers cannot address.
+    """
+    if not 0 <= capacity <= INT32_MAX:
+        raise ValueError(f"memory capacity is {capacity} tokens; wanted 0..{INT32_MAX}")
+    shape = (batch, config.n_kv_heads, capacity, config.head_size)
+    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+    return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+
+def init_memory(config: ModelConfig, batch: int, capacity: int) -> Cache:
+    """Empty memory of a model: its memory layers, in its memory dtype."""
+    return init_cache(config, batch, len(config.mem_layers), capacity, config.mem_dtype)
+
+
+def _write(buffer_GMK: Array, new_GTK: Array, start: Array, count: Array) -> Array:
+    """`buffer` with the first `count` of `new` from slot `start` on; all others as they were."""
+    M, T = buffer_GMK.shape[1], new_GTK.shape[1]
+    # dynamic_slice would move a slice that does not fit; take the last that does, and shift what is written into it.
+    first = jnp.clip(start, 0, M - T)
+    shift = start - first
+    old = jax.lax.dynamic_slice_in_dim(buffer_GMK, first, T, axis=1)
+    t = jnp.arange(T)[None, :, None]
+    mixed = jnp.where((t >= shift) & (t < shift + count), jnp.roll(new_GTK.astype(buffer_GMK.dtype), shift, axis=1), old)
+    return jax.lax.dynamic_update_slice_in_dim(buffer_GMK, mixed, first, axis=1)
+
+
+def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B: Array | None = None) -> Cache:
+    """The cache with more tokens behind those it holds.
+
+    Args:
+        cache: donate it in a jitted caller and it is written in place.
+        keys, values: one [B, G, T, K] array a layer, T at most the capacity.
+        count_B: int32, how many of the T tokens, from the first, each row takes. None: all.
+
+    Returns:
+        The new cache. A row holds at most its capacity: tokens beyond are not kept, so callers make room first.
+
+    Raises:
+        ValueError: layers or lengths that do not fit.
+    """
+    if len(keys) != len(cache.keys) or len(values) != len(cache.values):
+        raise ValueError(f"cache has {len(cache.keys)} layers; wanted as many keys and values, found {len(keys)}, {len(values)}")
+    if not keys:
+        return cache
+    T = keys[0].shape[2]
+    if T > cache.capacity:
+        raise ValueError(f"{T} tokens do not fit a cache of capacity {cache.capacity}")
+    if count_B is None:
+        count_B = jnp.full_like(cache.length_B, T)
+    write = jax.vmap(_write)
+    each = lambda buffers, news: tuple(
+        write(b, n, cache.length_B, count_B) for b, n in zip(buffers, news, strict=True)
+    )
+    length_B = jnp.minimum(cache.length_B + count_B, cache.capacity)
+    return Cache(each(cache.keys, keys), each(cache.values, values), length_B)
+
+
+def evict_oldest(cache: Cache, count_B: Array) -> Cache:
+    """The cache without the `count_B[b]` oldest tokens of each row; the others move up, so that slot 0 is the oldest again."""
+    count_B = jnp.minimum(count_B, cache.length_B)
+    shift = jax.vmap(lambda x_GMK, count: jnp.roll(x_GMK, -count, axis=1))
+    each = lambda buffers: tuple(shift(b, count_B) for b in buffers)
+    return Cache(each(cache.keys), each(cache.values), cache.length_B - count_B)
+
+
+def clear(cache: Cache, row_B: Array) -> Cache:
+    """The cache with the rows where `row_B` (bool) is True emptied."""
+    return dataclasses.replace(cache, length_B=jnp.where(row_B, 0, cache.length_B))
+
+
+def compact(xs: Sequence[Array], valid_BT: Array) -> tuple[Array, ...]:
+    """[B, G, T, K] arrays with each row's valid tokens moved to the front, in order."""
+    order_BT = jnp.argsort(~valid_BT, axis=1, stable=True)
+    return tuple(jnp.take_along_axis(x, order_BT[:, None, :, None], axis=2) for x in xs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How memory is read. Hashable: a static argument.
+
+    Attributes:
+        kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
+        k: slots a query retrieves, for "topk".
+        score_bytes: bytes of scores held at a time; longer queries and memories are streamed in blocks.
+    """
+
+    kind: str = "dense"
+    k: int | None = None
+    score_bytes: int = SCORE_BYTES
+
+    def __post_init__(self):
+        if self.kind not in ("dense", "topk"):
+            raise ValueError(f"memory reading is {self.kind!r}; wanted 'dense' or 'topk'")
+        if (self.kind == "topk") != (self.k is not None):
+            raise ValueError(f"memory reading {self.kind!r} with k={self.k}; wanted k for 'topk', and only there")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k is {self.k}; wanted at least 1")
+
+
+def read(reading: Reading, q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, scale: float) -> attention.Partial:
+    """Attention over memory as a partial, to be merged with the local window's."""
+    if reading.kind == "dense":
+        return dense(q_BHTK, k_BGMK, v_BGMK, length_B, scale=scale, score_bytes=reading.score_bytes)
+    k = reading.k
+    return topk(q_BHTK, k_BGMK, v_BGMK, length_B, k=k, scale=scale, score_bytes=reading.score_bytes)[0]  # type: ignore[arg-type]
+
+
+def _blocks(queries: int, slots: int, rows: int, score_bytes: int) -> tuple[int, int]:
+    """Sizes of query and key blocks for which `rows` x queries x slots float32 scores stay within the budget.
+
+    A key block is kept at least 4 SUB_BLOCKs wide, then queries are split, so that matrix products stay large.
+    """
+    budget = max(score_bytes // (4 * rows), 1)
+    slot_block = min(slots, max(budget // queries, min(slots, 1024)))
+    return max(1, min(queries, budget // slot_block)), slot_block
+
+
+def _over_query_blocks(read_block: Callable[[Array], Any], q_BHTK: Array, size: int) -> Any:
+    """`read_block` on blocks of `size` queries, one after another, joined along T (axis 2 of every result)."""
+    B, H, T, K = q_BHTK.shape
+    if size >= T:
+        return read_block(q_BHTK)
+    n = -(-T // size)
+    padded = jnp.pad(q_BHTK, ((0, 0), (0, 0), (0, n * size - T), (0, 0)))
+    out = jax.lax.map(read_block, jnp.moveaxis(padded.reshape(B, H, n, size, K), 2, 0))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *x.shape[4:])[:, :, :T], out)
+
+
+def _slot_blocks(length_B: Array, slots: int, size: int) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    """How many blocks of `size` slots are filled in any row, and for block i its first slot and which of its slots count, [B, size].
+
+    The last block is moved back to end with the memory; slots it shares with the one before do not count twice.
+    """
+    n = -(-jnp.max(length_B) // size)
+
+    def block(i: Array) -> tuple[Array, Array]:
+        first = jnp.minimum(i * size, slots - size)
+        slot = first + jnp.arange(size)
+        return first, (slot >= i * size)[None, :] & (slot[None, :] < length_B[:, None])
+
+    return n, block
+
+
+def dense(
+    q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, scale: float, score_bytes: int = SCORE_BYTES
+) -> attention.Partial:
+    """Attention over all filled slots, streamed over blocks of slots and of queries; cost follows the fill, not the capacity.
+
+    Args:
+        q_BHTK: queries, rotated by their position in the window.
+        k_BGMK, v_BGMK: memory, any dtype.
+        length_B: int32, filled slots of each row.
+        scale: what scores are multiplied by.
+        score_bytes: bytes of scores held at a time.
+
+    Returns:
+        The partial; zero and -inf for a row whose memory is empty.
+    """
+    B, H, T, _ = q_BHTK.shape
+    M = k_BGMK.shape[2]
+    if not M:
+        return attention.Partial(jnp.zeros(q_BHTK.shape, jnp.float32), jnp.full((B, H, T), -jnp.inf))
+    query_block, slot_block = _blocks(T, M, B * H, score_bytes)
+    n_blocks, block = _slot_blocks(length_B, M, slot_block)
+
+    def read_block(q: Array) -> attention.Partial:
+        def step(i: Array, so_far: attention.Partial) -> attention.Partial:
+            first, counts = block(i)
+            take = lambda x: x if slot_block == M else jax.lax.dynamic_slice_in_dim(x, first, slot_block, axis=2)
+            return attention.merge(so_far, attention.attend(q, take(k_BGMK), take(v_BGMK), counts[:, None, :], scale=scale))
+
+        nothing = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+        if slot_block == M:
+            return step(jnp.int32(0), nothing)
+        return jax.lax.fori_loop(0, n_blocks, step, nothing)
+
+    return _over_query_blocks(read_block, q_BHTK, query_block)
+
+
+def _best(s: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of the last axis by block maxima: the same values and indices, ties to the lowest index.
+
+    The k best lie within the k sub-blocks of greatest maxima: any other sub-block has k elements before it that are greater,
+    or equal and of lower index. The chosen sub-blocks are put in order before the second selection, or a tie would go to
+    whichever sub-block has the greater maximum.
+    """
+    S = s.shape[-1]
+    n = -(-S // SUB_BLOCK)
+    if n <= 2 * k:
+        return jax.lax.top_k(s, k)
+    padded = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, n * SUB_BLOCK - S)], constant_values=-jnp.inf)
+    by_block = padded.reshape(*s.shape[:-1], n, SUB_BLOCK)
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(by_block, axis=-1), k)[1], axis=-1)
+    candidates = jnp.take_along_axis(by_block, chosen[..., None], axis=-2)
+    values, index = jax.lax.top_k(candidates.reshape(*s.shape[:-1], k * SUB_BLOCK), k)
+    return values, jnp.take_along_axis(chosen, index // SUB_BLOCK, axis=-1) * SUB_BLOCK + index % SUB_BLOCK
+
+
+def topk(
+    q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, k: int, scale: float, score_bytes: int = SCORE_BYTES
+) -> tuple[attention.Partial, Array, Array]:
+    """Attention of each query of each head over its k best filled slots by inner product, exactly (DESIGN: section 3.3 of the paper).
+
+    Blocks of slots are scored one after another, with the k best so far carried along; never are all scores held. Selection
+    is by the unscaled inner product, ties go to the lowest slot.
+
+    Args:
+        q_BHTK, k_BGMK, v_BGMK, length_B, scale, score_bytes: as for `dense`.
+        k: slots to retrieve, at least 1; may exceed what is filled.
+
+    Returns:
+        The partial; slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32, unscaled,
+        -inf there.
+    """
+    B, H, T, K = q_BHTK.shape
+    G, M = k_BGMK.shape[1], k_BGMK.shape[2]
+    N = min(k, M)
+    query_block, slot_block = _blocks(T, max(M, 1), B * H, score_bytes)
+    # Retrieved values are [B, H, T, N, K] before they are averaged: they count towards the budget too.
+    query_block = max(1, min(query_block, score_bytes // (4 * B * H * max(N, 1) * K)))
+    n_blocks, block = _slot_blocks(length_B, M, slot_block)
+
+    def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
+        shape = (B, G, H // G, q.shape[2], N)
+
+        def step(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+            first, counts = block(i)
+            keys = k_BGMK if slot_block == M else jax.lax.dynamic_slice_in_dim(k_BGMK, first, slot_block, axis=2)
+            s = jnp.where(counts[:, None, None, None, :], attention.scores(q, keys), -jnp.inf)
+            best, index = _best(s, min(N, slot_block))
+            # So far comes first: among equals the earlier, lower slot wins.
+            joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], first + index], axis=-1)
+            values, chosen = jax.lax.top_k(joined[0], N)
+            return values, jnp.take_along_axis(joined[1], chosen, axis=-1)
+
+        nothing = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
+        s, slots = jax.lax.fori_loop(0, n_blocks, step, nothing)
+        filled = s > -jnp.inf
+        top = jnp.max(s * scale, axis=-1, keepdims=True, initial=-jnp.inf)
+        p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        gather = jax.vmap(jax.vmap(lambda v_MK, slots_RTN: v_MK[slots_RTN]))
+        v_BGRTNK = gather(v_BGMK, jnp.maximum(slots, 0)).astype(q.dtype)
+        weights = jnp.where(filled, p / jnp.where(total == 0.0, 1.0, total), 0.0)
+        o = jnp.einsum("bgrtn,bgrtnk->bgrtk", weights.astype(q.dtype), v_BGRTNK, preferred_element_type=jnp.float32)
+        lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
+        heads = lambda x: x.reshape(B, H, *x.shape[3:])
+        return attention.Partial(heads(o), heads(lse[..., 0])), heads(jnp.where(filled, slots, -1)), heads(s)
+
+    if not N:
+        nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
+        return (dense(q_BHTK, k_BGMK, v_BGMK, length_B, scale=scale), *nothing)
+    partial, slots, s = _over_query_blocks(read_block, q_BHTK, query_block)
+    widen = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, k - N)), constant_values=fill)
+    return partial, widen(slots, -1), widen(s, -jnp.inf)
+
+
+def topk_attention(
+    q_BTHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    length_B: Array,
+    *,
+    k: int,
+    scale: float | None = None,
+    score_bytes: int = SCORE_BYTES,
+) -> tuple[Array, Array, Array]:
+    """Exact top-k attention over a memory, for use by itself; token-major arrays.
+
+    Args:
+        q_BTHK: queries; head h reads key/value head h // (H / G).
+        k_BMGK, v_BMGK: keys and values.
+        length_B: int32, the first length_B[b] slots of row b are filled.
+        k: slots to retrieve, at least 1; may exceed what is filled.
+        scale: what inner products are multiplied by in the softmax; K ** -0.5 by default. Selection is by the inner
+            products themselves; ties go to the lowest slot, as in `jax.lax.top_k`.
+        score_bytes: bytes of scores held at a time; beyond, queries and slots are streamed in blocks.
+
+    Returns:
+        o_BTHK float32, softmax average of the retrieved values, zero where nothing is filled;
+        lse_BTH float32, log of the sum of exponentials of their scaled scores, -inf there;
+        slots_BTHN int32, N = k, best first, -1 beyond what is filled.
+
+    Raises:
+        ValueError: k below 1, or shapes that do not fit.
+    """
+    Reading("topk", k)
+    B, M, G, K = k_BMGK.shape
+    if v_BMGK.shape[:3] != (B, M, G) or q_BTHK.shape[0] != B or q_BTHK.shape[3] != K or q_BTHK.shape[2] % G:
+        raise ValueError(
+            f"queries {q_BTHK.shape}, keys {k_BMGK.shape} and values {v_BMGK.shape} do not fit: wanted [B, T, H, K] and twice "
+            "[B, M, G, K] with H a multiple of G"
+        )
+    if length_B.shape != (B,):
+        raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")
+    major = lambda x: jnp.swapaxes(x, 1, 2)
+    scale = K**-0.5 if scale is None else scale
+    partial, slots, _ = topk(
+        major(q_BTHK), major(k_BMGK), major(v_BMGK), length_B, k=k, scale=scale, score_bytes=score_bytes
+    )
+    return major(partial.o_BHTK), major(partial.lse_BHT), major(slots)

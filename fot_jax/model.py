@@ -1,0 +1,333 @@
+"""LLaMA with memory layers: pure functions over one tree of parameters, which Linen modules name.
+
+Parameters are stacked by segment (`ModelConfig.segments`) so that layers of one kind are scanned, not unrolled:
+
+    embed/embedding [V, D]
+    segment_i/plain   a block, stacked [repeats, plain, ...]      (ordinary layers before each memory layer)
+    segment_i/memory  a block, stacked [repeats, ...]             (the memory layers)
+    norm/scale [D], head/kernel [D, V]                            (no head where embeddings are tied)
+
+A block is the same in every layer; what differs is the attention function handed to it. In training (`forward`) that is the
+causal window or a crossbatch plan, in inference (`read_window`) the window, its cache and memory, merged into one softmax.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fot_jax import attention, crossbatch, memory
+from fot_jax.config import ModelConfig
+from fot_jax.sharding import constrain
+
+Array = jax.Array
+Params = Any
+# (q_BHTK, k_BGTK, v_BGTK), un-rotated -> o_BHTK in their dtype
+Attend = Callable[[Array, Array, Array], Array]
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), computed in float32, in x's dtype."""
+    x = x_BTD.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return (x * scale_D.astype(jnp.float32)[None, None, :]).astype(x_BTD.dtype)
+
+
+def unit_norm(x_BHTK: Array) -> Array:
+    """x scaled to unit length along its last axis, computed in float32, in x's dtype."""
+    x = x_BHTK.astype(jnp.float32)
+    return (x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)).astype(x_BHTK.dtype)
+
+
+def swiglu(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
+    """(silu(x gate) * x up) down (arXiv 2002.05202)."""
+    hidden_BTF = jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)
+    return constrain(hidden_BTF, "batch", "time", "mlp") @ down_FD
+
+
+def score_scale(config: ModelConfig) -> float:
+    """What attention scores are multiplied by: K ** -0.5, or 1 where normalised queries carry a learned temperature."""
+    return 1.0 if config.qk_norm else config.head_size**-0.5
+
+
+class Norm(nn.Module):
+    """RMSNorm's scale."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        scale_D = self.param("scale", nn.initializers.ones, (self.config.d_model,), self.config.dtypes.params)
+        return rms_norm(x_BTD, scale_D, self.config.norm_eps)
+
+
+class Attention(nn.Module):
+    """Projections round an attention function. Queries and keys reach it un-rotated, head-major; keys and values are returned."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, attend: Attend) -> tuple[Array, tuple[Array, Array]]:
+        c = self.config
+        weight = _weights(self, c, x_BTD.dtype)
+        q_BHTK = jnp.einsum("btd,dhk->bhtk", x_BTD, weight("q", (c.d_model, c.n_heads, c.head_size)))
+        k_BGTK = jnp.einsum("btd,dgk->bgtk", x_BTD, weight("k", (c.d_model, c.n_kv_heads, c.head_size)))
+        v_BGTK = jnp.einsum("btd,dgk->bgtk", x_BTD, weight("v", (c.d_model, c.n_kv_heads, c.head_size)))
+        if c.qk_norm:
+            start = nn.initializers.constant(c.head_size**0.5)
+            temperature_H = self.param("temperature", start, (c.n_heads,), c.dtypes.params)
+            q_BHTK = (unit_norm(q_BHTK) * temperature_H[None, :, None, None]).astype(x_BTD.dtype)
+            k_BGTK = unit_norm(k_BGTK)
+        q_BHTK = constrain(q_BHTK, "batch", "heads", "time", "head_size")
+        k_BGTK, v_BGTK = (constrain(x, "batch", "kv_heads", "time", "head_size") for x in (k_BGTK, v_BGTK))
+        o_BHTK = attend(q_BHTK, k_BGTK, v_BGTK)
+        return jnp.einsum("bhtk,hkd->btd", o_BHTK, weight("o", (c.n_heads, c.head_size, c.d_model))), (k_BGTK, v_BGTK)
+
+
+class Mlp(nn.Module):
+    """The gated feed-forward."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        c = self.config
+        weight = _weights(self, c, x_BTD.dtype)
+        return swiglu(
+            x_BTD,
+            weight("gate", (c.d_model, c.d_ff)),
+            weight("up", (c.d_model, c.d_ff)),
+            weight("down", (c.d_ff, c.d_model)),
+        )
+
+
+class Block(nn.Module):
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)). Returns x and the layer's un-rotated keys and values."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, attend: Attend) -> tuple[Array, tuple[Array, Array]]:
+        c = self.config
+        out_BTD, keys_values = Attention(c, name="attention")(Norm(c, name="attention_norm")(x_BTD), attend)
+        x_BTD = x_BTD + out_BTD
+        x_BTD = x_BTD + Mlp(c, name="mlp")(Norm(c, name="mlp_norm")(x_BTD))
+        return constrain(x_BTD, "batch", "time", "model"), keys_values
+
+
+def _weights(module: nn.Module, config: ModelConfig, dtype: Any) -> Callable[[str, tuple[int, ...]], Array]:
+    """Declares a module's matrices: normal initial values, stored in the parameters' dtype, used in that of activations."""
+    init = nn.initializers.normal(config.init_std)
+    return lambda name, shape: module.param(name, init, shape, config.dtypes.params).astype(dtype)
+
+
+class LongLlama(nn.Module):
+    """The whole model as a Linen module: `LongLlama(config).apply({"params": params}, tokens_BT, plan=plan)`.
+
+    A thin namer: it owns the parameters and calls `forward` and `logits`.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: Array, **options: Any) -> Array:
+        """Logits, float32 [B, T, V]; options as for `forward`."""
+        c = self.config
+        normal = nn.initializers.normal(c.init_std)
+        params = {"embed": self.param("embed", lambda key: {"embedding": normal(key, (c.vocab_size, c.d_model), c.dtypes.params)})}
+        for i, segment in enumerate(c.segments):
+            params[f"segment_{i}"] = self.param(f"segment_{i}", _init_segment, c, segment)
+        params["norm"] = self.param("norm", lambda key: {"scale": jnp.ones((c.d_model,), c.dtypes.params)})
+        if not c.tie_embeddings:
+            params["head"] = self.param("head", lambda key: {"kernel": normal(key, (c.d_model, c.vocab_size), c.dtypes.params)})
+        return logits(c, params, forward(c, params, tokens_BT, **options))
+
+
+def _init_segment(key: Array, config: ModelConfig, segment: Any) -> Params:
+    """Stacked blocks of a segment: `plain` [repeats, plain, ...] and `memory` [repeats, ...]."""
+
+    def init(key: Array) -> Params:
+        x = jnp.zeros((1, 1, config.d_model))
+        return Block(config).init(key, x, lambda q_BHTK, k_BGTK, v_BGTK: q_BHTK)["params"]
+
+    plain, mem = jax.random.split(key)
+    out = {}
+    if segment.plain:
+        out["plain"] = jax.vmap(jax.vmap(init))(jax.random.split(plain, (segment.repeats, segment.plain)))
+    if segment.memory:
+        out["memory"] = jax.vmap(init)(jax.random.split(mem, segment.repeats))
+    return out
+
+
+def init_params(config: ModelConfig, key: Array) -> Params:
+    """Initial parameters: matrices normal with `init_std`, scales 1, temperatures K ** 0.5."""
+    return LongLlama(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of the parameters, without making them."""
+    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+
+
+def embed(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+    """[B, T, D] in the compute dtype."""
+    x_BTD = params["embed"]["embedding"][tokens_BT].astype(config.dtypes.compute)
+    return constrain(x_BTD, "batch", "time", "model")
+
+
+def logits(config: ModelConfig, params: Params, hidden_BTD: Array) -> Array:
+    """Scores of the next token, float32 [B, T, V], from what `forward` returns."""
+    if config.tie_embeddings:
+        head_DV = params["embed"]["embedding"].T
+    else:
+        head_DV = params["head"]["kernel"]
+    dtype = hidden_BTD.dtype
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def forward(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    *,
+    plan: crossbatch.Plan | None = None,
+    segment_ids_BT: Array | None = None,
+    remat: str = "none",
+) -> Array:
+    """The model over one window a row, without memory: what training differentiates.
+
+    Args:
+        tokens_BT: int32.
+        plan: rows that memory layers read besides their own; None: none.
+        segment_ids_BT: int32; local attention stays within a segment, segment 0 is padding. None: one segment.
+        remat: what the backward pass recomputes: "none", "full" (layers, from their inputs), or "dots" (all but matrix
+            products with weights).
+
+    Returns:
+        [B, T, D] in the compute dtype, after the last norm; `logits` takes it.
+
+    Raises:
+        ValueError: an unknown remat policy, or a batch that is not the plan's.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; wanted one of {', '.join(REMAT)}")
+    T = tokens_BT.shape[1]
+    angles = attention.rotary_angles(jnp.arange(T), config.head_size, config.rope_base)
+    own_only = crossbatch.published_plan(tokens_BT.shape[0], 0)
+
+    def layer(memory_layer: bool) -> Callable[[Array, Params], Array]:
+        def attend(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array) -> Array:
+            return crossbatch.crossbatch_attention(
+                plan if memory_layer and plan is not None else own_only,
+                q_BHTK,
+                k_BGTK,
+                v_BGTK,
+                angles if config.mem_positionals or not memory_layer else None,
+                segment_ids_BT,
+                scale=score_scale(config),
+            )
+
+        apply = lambda x_BTD, block: Block(config).apply({"params": block}, x_BTD, attend)[0]
+        return apply if remat == "none" else jax.checkpoint(apply, policy=REMAT[remat])
+
+    plain, mem = layer(False), layer(True)
+
+    def group(x_BTD: Array, blocks: Params) -> tuple[Array, None]:
+        if "plain" in blocks:
+            x_BTD, _ = jax.lax.scan(lambda x, block: (plain(x, block), None), x_BTD, blocks["plain"])
+        if "memory" in blocks:
+            x_BTD = mem(x_BTD, blocks["memory"])
+        return x_BTD, None
+
+    x_BTD = embed(config, params, tokens_BT)
+    for i in range(len(config.segments)):
+        x_BTD, _ = jax.lax.scan(group, x_BTD, params[f"segment_{i}"])
+    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps)
+
+
+def crossbatch_forward(
+    config: ModelConfig, params: Params, tokens_BT: Array, plan: crossbatch.Plan, segment_ids_BT: Array | None = None
+) -> Array:
+    """Logits, float32 [B, T, V], of a batch whose rows read each other as `plan` says; differentiable throughout."""
+    return logits(config, params, forward(config, params, tokens_BT, plan=plan, segment_ids_BT=segment_ids_BT))
+
+
+def layers(config: ModelConfig, params: Params) -> list[Params]:
+    """The blocks one by one, in order: slices of the stacks."""
+    out = []
+    for i, segment in enumerate(config.segments):
+        stacks = params[f"segment_{i}"]
+        for r in range(segment.repeats):
+            out += [jax.tree.map(lambda x, r=r, p=p: x[r, p], stacks["plain"]) for p in range(segment.plain)]
+            if segment.memory:
+                out.append(jax.tree.map(lambda x, r=r: x[r], stacks["memory"]))
+    return out
+
+
+def read_window(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    *,
+    mem: memory.Cache,
+    local: memory.Cache | None = None,
+    valid_BT: Array | None = None,
+    reading: memory.Reading = memory.Reading(),
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """The model over tokens that follow what `local` holds of the open window, with `mem` before it. Caches are only read.
+
+    Args:
+        tokens_BT: int32, the next T tokens of each row's window.
+        mem: memory, one layer for each of `config.mem_layers`.
+        local: the open window so far, one layer for each of the model's; None: it starts here.
+        valid_BT: bool, False for padding, which no token sees. None: all valid.
+        reading: how memory is read.
+
+    Returns:
+        hidden [B, T, D] as from `forward`; the tokens' un-rotated keys and values, [B, G, T, K] for each layer, to be
+        appended to whichever cache they belong to.
+    """
+    B, T = tokens_BT.shape
+    visible_BTT = attention.causal_mask(T)
+    if valid_BT is not None:
+        visible_BTT = visible_BTT & valid_BT[:, None, :]
+    table = functools.partial(attention.rotary_angles, head_size=config.head_size, base=config.rope_base)
+    if local is None:
+        angles = table(jnp.arange(T))
+    else:
+        angles = table(local.length_B[:, None] + jnp.arange(T)[None, :])
+        slots = jnp.arange(local.capacity)
+        slot_angles, slot_visible_BTS = table(slots), (slots[None, :] < local.length_B[:, None])[:, None, :]
+
+    scale, keys_values = score_scale(config), []
+    x_BTD = embed(config, params, tokens_BT)
+    for number, block in enumerate(layers(config, params)):
+        m = config.mem_layers.index(number) if number in config.mem_layers else None
+        rotates = m is None or config.mem_positionals
+
+        def attend(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array, number=number, m=m, rotates=rotates) -> Array:
+            turn = attention.rotate if rotates else (lambda x, angles: x)
+            q = turn(q_BHTK, angles)
+            parts = [attention.attend(q, turn(k_BGTK, angles), v_BGTK, visible_BTT, scale=scale)]
+            if local is not None:
+                k_BGSK = turn(local.keys[number], slot_angles)
+                parts.append(attention.attend(q, k_BGSK, local.values[number], slot_visible_BTS, scale=scale))
+            if m is not None and mem.capacity:
+                parts.append(memory.read(reading, q, mem.keys[m], mem.values[m], mem.length_B, scale=scale))
+            return attention.merge(*parts).o_BHTK.astype(q.dtype)
+
+        x_BTD, new = Block(config).apply({"params": block}, x_BTD, attend)
+        keys_values.append(new)
+    keys, values = zip(*keys_values, strict=True)
+    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps), keys, values
