@@ -76,7 +76,12 @@ def scores(q_BHTK: Array, k_BGSK: Array) -> Array:
     q_BGRTK = q_BHTK.reshape(B, G, H // G, T, K)
     # Operands of different dtypes meet in the wider one: what memory stores is what is compared.
     dtype = jnp.promote_types(q_BHTK.dtype, k_BGSK.dtype)
-    return jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK.astype(dtype), k_BGSK.astype(dtype), preferred_element_type=jnp.float32)
+    q, k = q_BGRTK.astype(dtype), k_BGSK.astype(dtype)
+    if T == 1:
+        # One query: with the keys as left operand a CPU reads them where they lie, and does not transpose them first.
+        s_BGSR = jnp.einsum("bgsk,bgrk->bgsr", k, q[:, :, :, 0], preferred_element_type=jnp.float32)
+        return jnp.swapaxes(s_BGSR, 2, 3)[:, :, :, None]
+    return jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
 
 
 def attend(q_BHTK: Array, k_BGSK: Array, v_BGSK: Array, visible_BTS: Array | None = None, *, scale: float) -> Partial:

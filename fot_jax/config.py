@@ -156,9 +156,9 @@ _3B: dict[str, Any] = dict(vocab_size=32000, d_model=3200, d_ff=8640, n_layers=2
 _7B: dict[str, Any] = dict(vocab_size=32000, d_model=4096, d_ff=11008, n_layers=32, n_heads=32)
 _13B: dict[str, Any] = dict(vocab_size=32000, d_model=5120, d_ff=13824, n_layers=40, n_heads=40)
 _CODE_7B: dict[str, Any] = {**_7B, "vocab_size": 32016, "rope_base": 1e6, "window": 4096, "norm_eps": 1e-5}
-# The paper's small models have LayerNorm and an ungated feed-forward 4 times the width of their attention, 2 D F' weights
-# a layer. Ours are LLaMA blocks, 3 D F weights, so F = 2/3 F' (to a multiple of 8) keeps the paper's parameter count: 38M,
-# 184M with the embedding; 604M, 1208M without.
+# The paper's small models have LayerNorm and an ungated feed-forward 4 times the width of their attention, 2 D F'
+# weights a layer. Ours are LLaMA blocks, 3 D F weights, so F = 2/3 F' (to a multiple of 8) keeps the paper's parameter
+# count: 38M and 184M with the embedding, 604M and 1208M without it.
 _SMALL: dict[str, Any] = dict(
     n_layers=12, mem_layers=(8,), mem_positionals=False, qk_norm=True, tie_embeddings=True, last_context_length=2048
 )

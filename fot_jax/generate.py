@@ -6,6 +6,7 @@ window's keys and values entering memory after it; the last c tokens are the ope
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -128,6 +129,164 @@ def long_forward(
     return jnp.concatenate(out, axis=1)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["logits_BV", "ended_B", "local", "mem"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """What has been read: everything that the next token depends on.
+
+    Attributes:
+        logits_BV: float32, scores of the next token.
+        ended_B: bool, rows that are over.
+        local: the open window, all layers.
+        mem: memory before it.
+    """
+
+    logits_BV: Array
+    ended_B: Array
+    local: memories.Cache
+    mem: memories.Cache
+
+
+def prefill(
+    config: ModelConfig,
+    params: Any,
+    tokens_BT: Any,
+    last_context_length: int | None = None,
+    attention_mask: Any = None,
+    memory: str = "dense",
+    k: int | None = None,
+    room: int = 0,
+    memory_capacity: int | None = None,
+) -> Reader:
+    """Reads prompts of any length; see `generate` for the arguments.
+
+    Args:
+        room: new tokens to make room for in memory.
+        memory_capacity: slots of memory to allocate; what the prompt and `room` can need, by default.
+
+    Raises:
+        ValueError: input that does not fit; prompt and new tokens beyond `memory_capacity`.
+    """
+    tokens_BT, mask_BT, c = _check_tokens(config, tokens_BT, last_context_length, attention_mask)
+    reading = memories.Reading(memory, k)
+    length_B = mask_BT.sum(1)
+    if not length_B.all():
+        raise ValueError(f"row {int(np.argmin(length_B))} of the prompt has no token; wanted at least 1")
+    W, B = config.window, len(tokens_BT)
+    # What memory can come to hold: all of the prompt and of the new tokens. A prefill window is written whole.
+    needed = -(-(int(length_B.max()) + room) // W) * W
+    if memory_capacity is not None and config.mem_layers and memory_capacity < needed:
+        raise ValueError(
+            f"prompt of {length_B.max()} tokens and {room} new ones need a memory of {needed} slots; "
+            f"memory_capacity is {memory_capacity}"
+        )
+    mem = memories.init_memory(config, B, memory_capacity or needed)
+
+    # Rows flush left, so that column j of a row is its token j.
+    order = np.argsort(~mask_BT, axis=1, kind="stable")
+    tokens_BT = np.take_along_axis(tokens_BT, order, axis=1)
+    prefix_B = np.maximum(length_B - c, 0)
+    for start in range(0, prefix_B.max(), W):
+        window = _columns(tokens_BT, np.full(B, start), W)
+        mem, _ = prefill_window(config, params, window, start + np.arange(W) < prefix_B[:, None], mem, reading=reading)
+    opened = _columns(tokens_BT, prefix_B, min(c, tokens_BT.shape[1]))
+    return _open(config, params, opened, (length_B - prefix_B).astype(np.int32), mem, reading=reading)
+
+
+def _columns(tokens_BT: np.ndarray, start_B: np.ndarray, size: int) -> np.ndarray:
+    """[B, size]: `size` tokens of each row from its own start on; any token beyond its end."""
+    columns = np.minimum(start_B[:, None] + np.arange(size), tokens_BT.shape[1] - 1)
+    return np.take_along_axis(tokens_BT, columns, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "reading"), donate_argnames=("mem",))
+def _open(config, params, tokens_BT, count_B, mem, *, reading) -> Reader:
+    """Reads the open window: the first count_B tokens of each row of [B, <= W]."""
+    B, T = tokens_BT.shape
+    valid_BT = jnp.arange(T)[None, :] < count_B[:, None]
+    hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
+    local = memories.init_cache(config, B, config.n_layers, config.window, config.dtypes.compute)
+    local = memories.append(local, keys, values, count_B)
+    last_B1D = jnp.take_along_axis(hidden, (count_B - 1)[:, None, None], axis=1)
+    return Reader(model.logits(config, params, last_B1D)[:, 0], jnp.zeros((B,), bool), local, mem)
+
+
+def make_room(
+    config: ModelConfig, local: memories.Cache, mem: memories.Cache, spill: str
+) -> tuple[memories.Cache, memories.Cache]:
+    """The open window and memory, with room in the window for one more token in every row.
+
+    Rows whose window is full spill: all of it ("block"), or its oldest eighth ("sliding").
+    """
+    size = local.capacity if spill == "block" else max(1, local.capacity // 8)
+    count_B = jnp.where(local.length_B >= local.capacity, size, 0)
+    oldest = lambda arrays: tuple(x[:, :, :size] for x in _memory_layers(config, arrays))
+    room = lambda mem: memories.append(mem, oldest(local.keys), oldest(local.values), count_B)
+    full = jnp.any(count_B > 0)
+    mem = jax.lax.cond(full, room, lambda mem: mem, mem)
+    if spill == "block":  # nothing stays, so nothing moves up
+        return dataclasses.replace(local, length_B=local.length_B - count_B), mem
+    return jax.lax.cond(full, lambda cache: memories.evict_oldest(cache, count_B), lambda cache: cache, local), mem
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "max_new_tokens", "sample", "spill", "reading"),
+    donate_argnames=("reader",),
+)
+def decode(
+    config: ModelConfig,
+    params: Any,
+    reader: Reader,
+    temperature: Array,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    sample: bool = False,
+    spill: str = "block",
+    reading: memories.Reading = memories.Reading(),
+) -> tuple[Array, Reader]:
+    """New tokens, one after another, and what has been read then; one compiled loop.
+
+    Every token is read as soon as it is chosen, so that the reader returned goes on where this one ends.
+
+    Args:
+        reader: donated; its memory must have room.
+        temperature: float32 scalar, used where `sample`.
+        key: random key, used where `sample`.
+
+    Returns:
+        int32 [B, max_new_tokens], padded after the eos; the reader after the last of them.
+    """
+    pad = jnp.int32(next((i for i in (config.pad_id, config.eos_id) if i is not None), 0))
+
+    def more(carry):
+        step, _, _, reader = carry
+        return (step < max_new_tokens) & ~jnp.all(reader.ended_B)
+
+    def one(carry):
+        step, out_BN, key, reader = carry
+        key, now = jax.random.split(key)
+        if sample:
+            token_B = jax.random.categorical(now, reader.logits_BV / temperature).astype(jnp.int32)
+        else:
+            token_B = jnp.argmax(reader.logits_BV, axis=-1).astype(jnp.int32)
+        token_B = jnp.where(reader.ended_B, pad, token_B)
+        ended_B = reader.ended_B if config.eos_id is None else reader.ended_B | (token_B == config.eos_id)
+        out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
+        local, mem = make_room(config, reader.local, reader.mem, spill)
+        hidden, keys, values = model.read_window(config, params, token_B[:, None], mem=mem, local=local, reading=reading)
+        local = memories.append(local, keys, values)
+        reader = Reader(model.logits(config, params, hidden)[:, 0], ended_B, local, mem)
+        return step + 1, out_BN, key, reader
+
+    out_BN = jnp.full((reader.ended_B.shape[0], max_new_tokens), pad)
+    _, out_BN, _, reader = jax.lax.while_loop(more, one, (jnp.int32(0), out_BN, key, reader))
+    return out_BN, reader
+
+
 def generate(
     config: ModelConfig,
     params: Any,
@@ -166,104 +325,23 @@ def generate(
     Raises:
         ValueError: input that does not fit; prompt and new tokens beyond `memory_capacity`.
     """
-    tokens_BT, mask_BT, c = _check_tokens(config, tokens_BT, last_context_length, attention_mask)
-    reading = memories.Reading(memory, k)
     if spill not in SPILLS:
         raise ValueError(f"spill is {spill!r}; wanted one of {', '.join(SPILLS)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
     if temperature < 0 or (temperature > 0 and key is None):
         raise ValueError(f"temperature is {temperature} and key {key}; wanted temperature >= 0, and a key where it is above 0")
-    length_B = mask_BT.sum(1)
-    if not length_B.all():
-        raise ValueError(f"row {int(np.argmin(length_B))} of the prompt has no token; wanted at least 1")
-    W, B = config.window, len(tokens_BT)
-    # What memory can come to hold: whole windows, so all of the prompt and of the new tokens, to a window's multiple.
-    needed = -(-(int(length_B.max()) + max_new_tokens) // W) * W
-    if memory_capacity is not None and config.mem_layers and memory_capacity < needed:
-        raise ValueError(
-            f"prompt of {length_B.max()} tokens and {max_new_tokens} new ones need a memory of {needed} slots; "
-            f"memory_capacity is {memory_capacity}"
-        )
-    mem = memories.init_memory(config, B, memory_capacity or needed)
-
-    # Rows flush left, so that column j of a row is its token j.
-    order = np.argsort(~mask_BT, axis=1, kind="stable")
-    tokens_BT = np.take_along_axis(tokens_BT, order, axis=1)
-    prefix_B = np.maximum(length_B - c, 0)
-    for start in range(0, prefix_B.max(), W):
-        window = _columns(tokens_BT, np.full(B, start), W)
-        mem, _ = prefill_window(config, params, window, start + np.arange(W) < prefix_B[:, None], mem, reading=reading)
-    opened = _columns(tokens_BT, prefix_B, min(c, tokens_BT.shape[1]))
-    options = dict(max_new_tokens=max_new_tokens, sample=temperature > 0, spill=spill, reading=reading)
-    count_B = (length_B - prefix_B).astype(np.int32)
-    key = jax.random.key(0) if key is None else key
-    return _decode(config, params, opened, count_B, mem, jnp.float32(temperature or 1.0), key, **options)[0]
-
-
-def _columns(tokens_BT: np.ndarray, start_B: np.ndarray, size: int) -> np.ndarray:
-    """[B, size]: `size` tokens of each row from its own start on; any token beyond its end."""
-    columns = np.minimum(start_B[:, None] + np.arange(size), tokens_BT.shape[1] - 1)
-    return np.take_along_axis(tokens_BT, columns, axis=1)
-
-
-def make_room(
-    config: ModelConfig, local: memories.Cache, mem: memories.Cache, spill: str
-) -> tuple[memories.Cache, memories.Cache]:
-    """The open window and memory, with room in the window for one more token in every row.
-
-    Rows whose window is full spill: all of it ("block"), or its oldest eighth ("sliding").
-    """
-    size = local.capacity if spill == "block" else max(1, local.capacity // 8)
-
-    def do_spill(caches: tuple[memories.Cache, memories.Cache]) -> tuple[memories.Cache, memories.Cache]:
-        local, mem = caches
-        count_B = jnp.where(local.length_B >= local.capacity, size, 0)
-        oldest = lambda arrays: tuple(x[:, :, :size] for x in _memory_layers(config, arrays))
-        mem = memories.append(mem, oldest(local.keys), oldest(local.values), count_B)
-        return memories.evict_oldest(local, count_B), mem
-
-    return jax.lax.cond(jnp.any(local.length_B >= local.capacity), do_spill, lambda caches: caches, (local, mem))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "max_new_tokens", "sample", "spill", "reading"), donate_argnames=("mem",)
-)
-def _decode(config, params, tokens_BT, count_B, mem, temperature, key, *, max_new_tokens, sample, spill, reading):
-    """The open window's tokens [B, <= W], of which each row has count_B, then the loop over new tokens: those, and memory."""
-    B, T = tokens_BT.shape
-    valid_BT = jnp.arange(T)[None, :] < count_B[:, None]
-    hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
-    local = memories.init_cache(config, B, config.n_layers, config.window, config.dtypes.compute)
-    local = memories.append(local, keys, values, count_B)
-    last_B1D = jnp.take_along_axis(hidden, (count_B - 1)[:, None, None], axis=1)
-    pad = jnp.int32(next((i for i in (config.pad_id, config.eos_id) if i is not None), 0))
-
-    def choose(hidden_B1D, key):
-        logits_BV = model.logits(config, params, hidden_B1D)[:, 0]
-        if not sample:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-        return jax.random.categorical(key, logits_BV / temperature).astype(jnp.int32)
-
-    def more(carry):
-        step, _, _, ended_B, *_ = carry
-        return (step < max_new_tokens) & ~jnp.all(ended_B)
-
-    def put(out_BN, step, token_B, ended_B):
-        token_B = jnp.where(ended_B, pad, token_B)
-        ended_B = ended_B | (token_B == config.eos_id) if config.eos_id is not None else ended_B
-        return jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1), token_B, ended_B
-
-    def one(carry):
-        step, out_BN, token_B, ended_B, key, local, mem = carry
-        key, now = jax.random.split(key)
-        local, mem = make_room(config, local, mem, spill)
-        hidden, keys, values = model.read_window(config, params, token_B[:, None], mem=mem, local=local, reading=reading)
-        local = memories.append(local, keys, values)
-        return step + 1, *put(out_BN, step, choose(hidden, now), ended_B), key, local, mem
-
-    out_BN = jnp.full((B, max_new_tokens), pad)
-    key, now = jax.random.split(key)
-    first = put(out_BN, 0, choose(last_B1D, now), jnp.zeros((B,), bool))
-    carry = jax.lax.while_loop(more, one, (jnp.int32(1), *first, key, local, mem))
-    return carry[1], carry[-1]  # memory goes back only so that its donated buffers serve the loop
+    reader = prefill(
+        config, params, tokens_BT, last_context_length, attention_mask, memory, k, max_new_tokens, memory_capacity
+    )
+    return decode(
+        config,
+        params,
+        reader,
+        jnp.float32(temperature or 1.0),
+        jax.random.key(0) if key is None else key,
+        max_new_tokens=max_new_tokens,
+        sample=temperature > 0,
+        spill=spill,
+        reading=memories.Reading(memory, k),
+    )[0]

@@ -56,6 +56,18 @@ def swiglu(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
     return constrain(hidden_BTF, "batch", "time", "mlp") @ down_FD
 
 
+def to_heads(x_BTD: Array, w_DHK: Array) -> Array:
+    """[B, H, T, K]. One plain matrix product, then activations change places: written as one einsum, a CPU transposes weights."""
+    D, H, K = w_DHK.shape
+    return jnp.swapaxes((x_BTD @ w_DHK.reshape(D, H * K)).reshape(*x_BTD.shape[:2], H, K), 1, 2)
+
+
+def from_heads(o_BHTK: Array, w_HKD: Array) -> Array:
+    """[B, T, D], the other way."""
+    B, H, T, K = o_BHTK.shape
+    return jnp.swapaxes(o_BHTK, 1, 2).reshape(B, T, H * K) @ w_HKD.reshape(H * K, w_HKD.shape[-1])
+
+
 def score_scale(config: ModelConfig) -> float:
     """What attention scores are multiplied by: K ** -0.5, or 1 where normalised queries carry a learned temperature."""
     return 1.0 if config.qk_norm else config.head_size**-0.5
@@ -81,9 +93,9 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: Array, attend: Attend) -> tuple[Array, tuple[Array, Array]]:
         c = self.config
         weight = _weights(self, c, x_BTD.dtype)
-        q_BHTK = jnp.einsum("btd,dhk->bhtk", x_BTD, weight("q", (c.d_model, c.n_heads, c.head_size)))
-        k_BGTK = jnp.einsum("btd,dgk->bgtk", x_BTD, weight("k", (c.d_model, c.n_kv_heads, c.head_size)))
-        v_BGTK = jnp.einsum("btd,dgk->bgtk", x_BTD, weight("v", (c.d_model, c.n_kv_heads, c.head_size)))
+        q_BHTK = to_heads(x_BTD, weight("q", (c.d_model, c.n_heads, c.head_size)))
+        k_BGTK = to_heads(x_BTD, weight("k", (c.d_model, c.n_kv_heads, c.head_size)))
+        v_BGTK = to_heads(x_BTD, weight("v", (c.d_model, c.n_kv_heads, c.head_size)))
         if c.qk_norm:
             start = nn.initializers.constant(c.head_size**0.5)
             temperature_H = self.param("temperature", start, (c.n_heads,), c.dtypes.params)
@@ -92,7 +104,7 @@ class Attention(nn.Module):
         q_BHTK = constrain(q_BHTK, "batch", "heads", "time", "head_size")
         k_BGTK, v_BGTK = (constrain(x, "batch", "kv_heads", "time", "head_size") for x in (k_BGTK, v_BGTK))
         o_BHTK = attend(q_BHTK, k_BGTK, v_BGTK)
-        return jnp.einsum("bhtk,hkd->btd", o_BHTK, weight("o", (c.n_heads, c.head_size, c.d_model))), (k_BGTK, v_BGTK)
+        return from_heads(o_BHTK, weight("o", (c.n_heads, c.head_size, c.d_model))), (k_BGTK, v_BGTK)
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,55 @@
+# Everything runs in an environment made here, one for each version of Python:  make test PYTHON=python3.12
+PYTHON ?= python3
+EXTRAS ?= dev
+OUT ?= results/quickstart
+
+VENV ?= .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+comma := ,
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+PIP := $(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check
+
+.PHONY: quickstart quickstart-long test nightly lint format bench clean
+
+quickstart: $(RUN_STAMP)
+	$(VENV)/bin/python -m fot_jax.evals.quickstart --out $(OUT)
+
+quickstart-long: $(RUN_STAMP)
+	$(VENV)/bin/python -m fot_jax.evals.quickstart --long --out $(OUT)-long
+
+# Two processes: most of the time is compilation, which uses one core.
+test: $(DEV_STAMP)
+	$(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
+
+nightly: $(DEV_STAMP)
+	$(VENV)/bin/python -m pytest -q -n 2 -m "" $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(DEV_STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(RUN_STAMP)
+	$(VENV)/bin/python bench/train_step.py
+	$(VENV)/bin/python bench/inference.py
+
+clean:
+	rm -rf .venv-* build *.egg-info results/quickstart*
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "'$(PYTHON)' is not a Python 3.11 or newer; name one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "'$(PYTHON)' cannot make environments (no ensurepip); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN_STAMP): setup.py pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable .
+	@touch $@
+
+$(DEV_STAMP): setup.py pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@ $(RUN_STAMP)

@@ -1,0 +1,58 @@
+"""Evaluates a model.
+
+    python eval.py --config=configs/eval/perplexity.py --checkpoint=WORKDIR --out=results/perplexity
+
+The checkpoint is a working directory of train.py or a Hugging Face directory. Prints a table, and writes the same as JSON and
+PNG. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+
+import tqdm
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from fot_jax import data, evals
+from fot_jax.pretrained import load_pretrained
+from fot_jax.tokenizer import Tokenizer, check_vocab
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/eval/.", lock_config=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Working directory of train.py, or Hugging Face directory.")
+_OUT = flags.DEFINE_string("out", "", "Folder for the report; by default eval/ in the checkpoint's.")
+
+
+def main(argv: list[str]) -> None:
+    """Checks, then data, then the evaluation."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
+    logging.set_verbosity(logging.INFO)
+    config, checkpoint = _CONFIG.value, pathlib.Path(_CHECKPOINT.value).absolute()
+    if config.evaluation not in evals.EVALUATIONS:
+        raise ValueError(f"evaluation is {config.evaluation!r}; wanted one of {', '.join(sorted(evals.EVALUATIONS))}")
+    evaluation = importlib.import_module(evals.EVALUATIONS[config.evaluation])
+    out = pathlib.Path(_OUT.value or checkpoint / "eval")
+
+    tokenizer = Tokenizer.load(config.data.tokenizer or checkpoint / "tokenizer.model")
+    model, params = load_pretrained(checkpoint, config.dtype)
+    check_vocab(tokenizer, model.vocab_size)
+
+    prepared = config.data.prepared or out / "data"
+    sets = [
+        data.prepare(data.open_corpus(source, field=config.data.field), tokenizer, prepared, skip_short=config.data.skip_short)
+        for source in config.data.sources
+    ]
+    mixture = data.Mixture([data.Source(documents) for documents in sets], seed=None, repeat=False)
+    documents = [mixture.tokens(i) for i in range(mixture.n_documents)]
+
+    report = evaluation.run(model, params, config.options, documents, progress=tqdm.tqdm)
+    print(report.table())
+    report.write(out, config.evaluation)
+    print(f"written: {out / config.evaluation}.json and .png")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "checkpoint"])
+    app.run(main)

@@ -1,0 +1,359 @@
+"""Checkpoints of a training run; the only module that uses Orbax.
+
+A working directory holds `model.json` (the ModelConfig, so that an evaluation needs nothing but the directory) and
+`checkpoints/STEP/`, each step with four parts that load by themselves:
+
+    params      the parameter tree
+    optimizer   the optimizer's arrays and the step, flat, named by their path
+    data        JSON: the data iterator's state, the same on every process
+    run         JSON: one bit sum per array, and whatever else the loop must remember
+
+A step is written beside (`STEP.orbax-checkpoint-tmp`) and renamed when it is whole, so a name that is a number is a
+complete checkpoint whatever killed the process. The array files have no checksum of their own: a flipped bit would load
+as another number. The bit sums make it an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from fot_jax.config import DtypePolicy, ModelConfig
+
+PyTree = Any
+_JSON_PARTS = ("data", "run")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names its path and says how to go on."""
+
+
+def _context() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    for name in _JSON_PARTS:
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+def write_json(path: str | pathlib.Path, value: Any) -> None:
+    """Writes a JSON file beside and renames it, so that no reader and no crash ever sees half of it."""
+    path = pathlib.Path(path)
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    beside.replace(path)
+
+
+def write_model(workdir: str | pathlib.Path, config: ModelConfig) -> None:
+    """Writes `model.json`."""
+    write_json(pathlib.Path(workdir) / "model.json", dataclasses.asdict(config))
+
+
+def read_model(workdir: str | pathlib.Path) -> ModelConfig:
+    """The ModelConfig in `model.json`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not JSON, or fields that ModelConfig does not have.
+    """
+    path = pathlib.Path(workdir) / "model.json"
+    try:
+        fields = json.loads(path.read_text())
+        return ModelConfig(**{**fields, "dtypes": DtypePolicy(**fields["dtypes"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a model configuration ({error})") from error
+
+
+def steps(workdir: str | pathlib.Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending; reading only, so safe beside a running training."""
+    directory = pathlib.Path(workdir) / "checkpoints"
+    if not directory.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+
+
+def is_workdir(path: str | pathlib.Path) -> bool:
+    """Whether `path` is a working directory with at least one checkpoint."""
+    return (pathlib.Path(path) / "model.json").is_file() and bool(steps(path))
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves by their path, 'embed.embedding' or '1.mu.embed.embedding'."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def one(x):
+        bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)  # wraps; whole numbers, so the same on any mesh
+
+    return {name: one(x) for name, x in leaves.items()}
+
+
+def _sums(**parts: PyTree) -> dict[str, int]:
+    leaves = {f"{part}.{name}": x for part, tree in parts.items() for name, x in named_leaves(tree).items()}
+    return {name: int(total) for name, total in jax.device_get(_bit_sums(leaves)).items()}
+
+
+class Checkpoints:
+    """The checkpoints of the one process group that trains in a working directory.
+
+    Args:
+        workdir: made if absent; half-written checkpoints of a killed run are removed from it.
+        config: written to `model.json`.
+        save_every: steps between checkpoints.
+        keep_last: how many of the newest are kept.
+        keep_every: steps that are multiples of this are kept for good; 0 for none.
+
+    Raises:
+        CheckpointError: `model.json` is there and says another model.
+    """
+
+    def __init__(
+        self, workdir: str | pathlib.Path, config: ModelConfig, *, save_every: int, keep_last: int, keep_every: int = 0
+    ):
+        workdir = pathlib.Path(workdir).absolute()
+        workdir.mkdir(parents=True, exist_ok=True)
+        if steps(workdir):
+            _check_same_model(workdir, config)
+        if jax.process_index() == 0:
+            write_model(workdir, config)
+            for half in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half)
+        self.directory = workdir / "checkpoints"
+        keep = ocp.training.preservation_policies
+        policies = [keep.LatestN(keep_last)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(save_every),
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            context=_context(),
+        )
+        self._pending: tuple[int, Any] | None = None
+        self._broken = False
+
+    def should_save(self, step: int) -> bool:
+        """Whether `step` is due."""
+        return self._orbax.should_save(step)
+
+    def save(self, step: int, params: PyTree, optimizer: PyTree, data: Any, run: dict[str, Any]) -> None:
+        """Starts saving a step; returns when the arrays are copied, and the files are written behind.
+
+        Args:
+            step: steps done.
+            params: parameter tree.
+            optimizer: any pytree of arrays.
+            data: JSON object, the data iterator's state, the same on every process.
+            run: JSON values the loop must remember.
+
+        Raises:
+            CheckpointError: this save, or the one before it, failed.
+        """
+        self.wait()
+        flat = named_leaves(optimizer)
+        parts = {
+            "params": params,
+            "optimizer": flat,
+            "data": data,
+            "run": {**run, "bit_sums": _sums(params=params, optimizer=flat)},
+        }
+        try:
+            self._pending = (step, self._orbax.save_checkpointables_async(step, parts, force=True))
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def poll(self) -> None:
+        """Raises CheckpointError if the save under way has failed; never waits."""
+        if self._pending:
+            step, response = self._pending
+            try:
+                response.result(timeout=0)
+                self._pending = None
+            except TimeoutError:
+                pass
+            except Exception as error:
+                raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises CheckpointError if it failed."""
+        if self._pending:
+            step, response = self._pending
+            try:
+                response.result()
+                self._pending = None
+            except Exception as error:
+                raise self._failed(step, error) from error
+
+    def close(self) -> None:
+        """Waits for the save under way and releases Orbax's threads. Raises CheckpointError if the save failed."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception if self._broken else ()):  # Orbax tells of the failed save once more
+                self._orbax.close()
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        self._pending, self._broken = None, True
+        for half in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)  # on a full disk it only takes room
+        whole = steps(self.directory.parent)
+        left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint exists"
+        return CheckpointError(
+            f"saving step {step} to {self.directory / str(step)} failed: {_first_line(error)}; {left}. "
+            "Make room or repair the disk, then run the same command to resume."
+        )
+
+
+def _check_same_model(workdir: pathlib.Path, config: ModelConfig) -> None:
+    found, wanted = dataclasses.asdict(read_model(workdir)), dataclasses.asdict(config)
+    # Number formats may change between runs (a TPU's bfloat16, a CPU's float32); what the parameters mean may not.
+    wrong = [
+        f"{name} is {found[name]!r}, wanted {wanted[name]!r}"
+        for name in wanted
+        if name != "dtypes" and found[name] != wanted[name]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{workdir} holds checkpoints of another model: {'; '.join(wrong)}. Use another --workdir for a new model."
+        )
+
+
+def restore(
+    workdir: str | pathlib.Path, params: PyTree, optimizer: PyTree, step: int | None = None
+) -> tuple[PyTree, PyTree, Any, dict[str, Any]]:
+    """Loads a whole checkpoint, onto any mesh.
+
+    Args:
+        workdir: working directory.
+        params, optimizer: trees of `jax.ShapeDtypeStruct` with the shardings wanted.
+        step: which; the latest if None.
+
+    Returns:
+        params, optimizer, data, run, as given to `Checkpoints.save`.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        CheckpointError: a tensor of another shape or dtype, missing or too many; damaged files.
+    """
+    path = _path(workdir, step)
+    flat = named_leaves(optimizer)
+    loaded = _load(path, {"params": params, "optimizer": flat, "data": None, "run": None})
+    _check_sums(path, loaded["run"].pop("bit_sums"), params=loaded["params"], optimizer=loaded["optimizer"])
+    leaves = [loaded["optimizer"][name] for name in flat]
+    return loaded["params"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves), loaded["data"], loaded["run"]
+
+
+def load_params(
+    workdir: str | pathlib.Path, step: int | None = None, *, abstract: PyTree | None = None
+) -> tuple[ModelConfig, PyTree]:
+    """Loads the parameters alone, without the optimizer's arrays being read.
+
+    Args:
+        workdir: working directory.
+        step: which; the latest if None.
+        abstract: tree of `jax.ShapeDtypeStruct` with the shardings wanted; None takes what the checkpoint has, on the
+            first device.
+
+    Returns:
+        The model's configuration and its parameters, in the dtypes they were saved in.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        CheckpointError: a tensor of another shape or dtype, missing or too many; damaged files.
+    """
+    path = _path(workdir, step)
+    config = read_model(workdir)
+    if abstract is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), _metadata(path, "params")["params"]
+        )
+    loaded = _load(path, {"params": abstract, "run": None})
+    _check_sums(path, loaded["run"]["bit_sums"], params=loaded["params"])
+    return config, loaded["params"]
+
+
+def _path(workdir: str | pathlib.Path, step: int | None) -> pathlib.Path:
+    found = steps(workdir)
+    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    if not found or (step is not None and step not in found):
+        wanted = "a step" if step is None else f"step {step}"
+        raise FileNotFoundError(f"{directory} holds steps {found}; wanted {wanted}")
+    return directory / str(found[-1] if step is None else step)
+
+
+def _metadata(path: pathlib.Path, *wanted: str) -> dict[str, PyTree]:
+    """Trees of shapes and dtypes of the array parts `wanted`."""
+    try:
+        with _context():
+            parts = dict(ocp.checkpointables_metadata(path).metadata)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        raise _damaged(path, _first_line(error)) from error
+    if missing := [part for part in wanted if parts.get(part) is None]:
+        raise _damaged(path, f"no readable description of {' and '.join(missing)}")
+    return parts
+
+
+def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a checkpoint that `wanted` names; arrays as its trees of shapes say, JSON where it says None."""
+    arrays = [part for part in wanted if part not in _JSON_PARTS]
+    found = _metadata(path, *arrays)
+    for part in arrays:
+        check_shapes(path, part, found[part], wanted[part])
+    try:
+        with _context():
+            return ocp.load_checkpointables(path, wanted)
+    except Exception as error:
+        raise _damaged(path, _first_line(error.__cause__ or error)) from error
+
+
+def check_shapes(path: str | pathlib.Path, part: str, found: PyTree, wanted: PyTree) -> None:
+    """Compares two trees of arrays or shapes.
+
+    Args:
+        path, part: where `found` is from, for the message.
+
+    Raises:
+        CheckpointError: tensors missing, too many, or of another shape or dtype, each by name with found and wanted.
+    """
+    have, want = named_leaves(found), named_leaves(wanted)
+    wrong = [
+        f"{name} is {_describe(have.get(name))}, wanted {_describe(want.get(name))}"
+        for name in sorted(have.keys() | want.keys())
+        if _describe(have.get(name)) != _describe(want.get(name))
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
+        raise CheckpointError(f"{path}: the tensors of {part} do not fit: {'; '.join(wrong[:8])}{more}")
+
+
+def _describe(leaf: Any) -> str:
+    return "absent" if leaf is None else f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+
+def _check_sums(path: pathlib.Path, wanted: dict[str, int], **parts: PyTree) -> None:
+    wrong = [name for name, total in _sums(**parts).items() if wanted.get(name) != total]
+    if wrong:
+        raise _damaged(path, f"other bits than were saved in {', '.join(wrong[:8])}")
+
+
+def _damaged(path: pathlib.Path, what: str) -> CheckpointError:
+    others = [step for step in steps(path.parent.parent) if str(step) != path.name]
+    go_on = f"resume from step {others[-1]}" if others else "start again (there is no other checkpoint)"
+    return CheckpointError(f"the checkpoint {path} is damaged: {what}. Remove that folder to {go_on}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:400]}"

@@ -1,0 +1,137 @@
+"""The whole of fot_jax on real text, from nothing: a tokenizer, two models, and what memory is worth to each.
+
+    python -m fot_jax.evals.quickstart --out results/quickstart
+
+Runs the project's own commands one after another and shows each: a SentencePiece model is trained on Python's standard library,
+a base model on the same text, and from it two models on the same tokens, one with crossbatch (`fot`) and one without
+(`standard`). Both are evaluated on held-out packages with memory of growing length. Writes OUT/metrics.json and
+OUT/quickstart.png. A run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from fot_jax.evals import Report, perplexity
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODELS = ("fot", "standard")
+
+
+def command(*words: str, log: pathlib.Path | None = None, core: int | None = None) -> subprocess.Popen:
+    """Starts `python ...` in the checkout, shows it, and pins it to one core if asked."""
+    print(f"\n$ python {' '.join(words)}" + (f"   (output: {log})" if log else ""), flush=True)
+    pin = None if core is None else (lambda: os.sched_setaffinity(0, {core}))
+    output = None if log is None else open(log, "w")
+    return subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, preexec_fn=pin, stdout=output, stderr=output and subprocess.STDOUT
+    )
+
+
+def finish(*processes: subprocess.Popen) -> None:
+    """Waits for commands; the first that fails ends the others and this one."""
+    for process in processes:
+        if process.wait():
+            for other in processes:
+                other.terminate()
+            sys.exit(f"command failed with status {process.returncode}: {' '.join(process.args[1:])}")
+
+
+def side_by_side(commands: dict[str, tuple[str, ...]], out: pathlib.Path) -> None:
+    """One command a core, where there are enough: small models use one core much better than a share of several."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < len(commands):
+        for words in commands.values():
+            finish(command(*words))
+        return
+    running = [
+        command(*words, log=out / f"{name}.log" if i else None, core=cores[i])
+        for i, (name, words) in enumerate(commands.items())
+    ]
+    finish(*running)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="results/quickstart", help="folder for everything that is made")
+    parser.add_argument("--long", action="store_true", help="more steps of the same: about an hour and a half")
+    args = parser.parse_args()
+    out, start = pathlib.Path(args.out).absolute(), time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    length = ",long" if args.long else ""
+
+    tokenizer = out / "tokenizer.model"
+    if not tokenizer.exists():
+        finish(
+            command("-m", "fot_jax.data", "train-tokenizer", "python:train", f"--output={tokenizer}", "--vocab_size=1024")
+        )
+    train = lambda which, *more: (
+        "train.py",
+        f"--config=configs/quickstart.py:{which}{length}",
+        f"--workdir={out / which}",
+        f"--config.data.tokenizer={tokenizer}",
+        f"--config.data.prepared={out / 'data'}",
+        *more,
+    )
+    finish(command(*train("base")))
+    side_by_side({which: train(which, f"--config.init_from={out / 'base'}") for which in MODELS}, out)
+    trained = time.monotonic()
+    evaluate = lambda which: (
+        "eval.py",
+        "--config=configs/eval/quickstart.py",
+        f"--checkpoint={out / which}",
+        f"--config.data.prepared={out / 'data'}",
+    )
+    side_by_side({f"{which}_eval": evaluate(which) for which in MODELS}, out)
+
+    found = {which: json.loads((out / which / "eval" / "perplexity.json").read_text()) for which in MODELS}
+    report = compare(found)
+    report.write(out, "metrics")
+    (out / "metrics.png").replace(out / "quickstart.png")
+    print(f"\n{report.table()}\n\n{verdict(report.values)}\n")
+    print(f"{trained - start:.0f} s of training, {time.monotonic() - trained:.0f} s of evaluation; {out}/metrics.json, quickstart.png")
+
+
+def compare(found: dict[str, dict]) -> Report:
+    """Both models' curves in one table and one figure."""
+    curves = {}
+    for which in MODELS:
+        curves[which] = found[which]["perplexity"]
+        curves[f"{which}_recall"] = found[which]["recall"]
+    facts = found["fot"]
+    titles = {"": "perplexity on held-out packages", "_recall": "recall tokens alone"}
+    return Report(
+        title=f"Perplexity on {facts['tokens']:,} tokens of held-out packages by memory length (window {facts['window']})",
+        columns=("memory tokens", "fot", "standard", "fot, recall", "standard, recall"),
+        rows=tuple(
+            (int(m), *(curves[f"{which}{kind}"][m] for kind in titles for which in MODELS)) for m in facts["perplexity"]
+        ),
+        values={**curves, "window": facts["window"], "tokens": facts["tokens"], "recall_tokens": facts["recall_tokens"]},
+        plot=lambda path: perplexity.plot(
+            path, {f"{which}: {title}": curves[f"{which}{kind}"] for kind, title in titles.items() for which in MODELS}
+        ),
+    )
+
+
+def verdict(curves: dict[str, dict[str, float]]) -> str:
+    """What the table says, in three sentences."""
+    fot, recall = curves["fot"], curves["fot_recall"]
+    gain = lambda curve: 100 * (1 - min(curve.values()) / curve["0"])
+    longest = max(fot, key=int)
+    drift = 100 * (fot[longest] / min(fot.values()) - 1)
+    return (
+        f"Memory lowers the crossbatch model's perplexity by {gain(fot):.1f}%, on recall tokens by {gain(recall):.1f}%.\n"
+        f"With {int(longest):,} tokens of memory it is {drift:.2f}% above its best.\n"
+        f"Its best is {min(fot.values()):.2f}, the standard model's {min(curves['standard'].values()):.2f}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What a run tells while it trains: how many FLOPs its maths needs, rates, and where the numbers are written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pathlib
+import sys
+import time
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+from fot_jax import crossbatch
+from fot_jax.config import ModelConfig
+
+_log = logging.getLogger(__name__)
+
+
+def flops_per_token(config: ModelConfig, plan: crossbatch.Plan | None = None, length: int | None = None) -> float:
+    """FLOPs that training needs for a token: matrix products and attention, forward and backward (3 times forward).
+
+    Causal attention counts as half, contexts as far as the plan lets them be seen. Nothing recomputed, and no
+    element-wise work, is counted.
+
+    Args:
+        length: T, tokens of a row; the model's window if None.
+    """
+    T, heads = length or config.window, config.n_heads * config.head_size
+    projections = 4 * config.d_model * (heads + config.n_kv_heads * config.head_size)
+    local = 4 * heads * T / 2
+    contexts = 4 * heads * T * float(np.mean(plan.seen)) if plan else 0.0
+    layers = config.n_layers * (projections + 6 * config.d_model * config.d_ff + local)
+    return 3.0 * (layers + len(config.mem_layers) * contexts + 2 * config.d_model * config.vocab_size)
+
+
+class Metrics:
+    """Writes numbers where people look: a progress bar or plain lines, `metrics.jsonl`, TensorBoard's files.
+
+    Lines of `metrics.jsonl` after `step`, left by a run that was killed beyond its last checkpoint, are taken out.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, steps: int):
+        self.path, self.active = workdir / "metrics.jsonl", jax.process_index() == 0
+        if not self.active:
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        beside = self.path.with_suffix(".tmp")
+        beside.write_text("".join(f"{line}\n" for line in kept))
+        beside.replace(self.path)
+        self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        self.bar = tqdm.tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty())
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records the values of a step."""
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        text = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        if self.bar.disable:
+            _log.info("step %d: %s", step, text)
+        else:
+            self.bar.update(step - self.bar.n)
+            self.bar.write(f"step {step}: {text}")
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self.active:
+            self.bar.close()
+            self.board.close()
+
+
+class Meter:
+    """Rates between one report and the next; the first step, which compiles, is not counted."""
+
+    def __init__(self, peak_flops: float):
+        self.peak, self.start = peak_flops, None
+        self.tokens = self.flops = self.waited = 0.0
+
+    def count(self, tokens: float, flops: float) -> None:
+        """Adds a finished step."""
+        if self.start is None:
+            self.start, self.waited = time.perf_counter(), 0.0
+        else:
+            self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside as time without data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Leaves the time inside out."""
+        before = time.perf_counter()
+        yield
+        if self.start is not None:
+            self.start += time.perf_counter() - before
+
+    def rates(self) -> dict[str, float]:
+        """Rates since the last call; nothing after a first step."""
+        if not self.tokens:
+            return {}
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        out = {"tokens_per_second": self.tokens / seconds, "flops_per_second": self.flops / seconds}
+        if self.peak:
+            out["flops_share"] = out["flops_per_second"] / self.peak
+        out["data_wait_share"] = self.waited / seconds
+        self.tokens = self.flops = self.waited = 0.0
+        return out

@@ -1,0 +1,325 @@
+"""The configuration of a run: every key with its default, its checks, and what it means for model, batch and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict, config_dict
+
+from fot_jax import checkpoint, crossbatch, data
+from fot_jax.config import DtypePolicy, ModelConfig, named, read_hf
+from fot_jax.formats import hf
+from fot_jax.model import layers
+from fot_jax.tokenizer import Tokenizer
+
+
+def default_config() -> ConfigDict:
+    """Every key there is, with its default; a file in `configs/` starts from it and changes some."""
+    kinds = {"bool": bool, "tuple[int, ...]": tuple, "float": float}
+    fields = {
+        field.name: config_dict.placeholder(kinds.get(field.type, int))
+        for field in dataclasses.fields(ModelConfig)
+        if field.name != "dtypes"
+    }
+    return ConfigDict(
+        dict(
+            seed=0,
+            steps=1000,
+            init_from="",  # Hugging Face directory or working directory whose parameters training starts from
+            peak_flops=0.0,  # FLOP/s of all devices together, for the share that is used; 0: not reported
+            log_every=10,
+            loss_chunk=0,  # tokens whose float32 logits exist at a time; 0: all of a microbatch
+            remat="none",  # none, full or dots; see model.forward
+            # A named size, or that of init_from; any field of ModelConfig stated here replaces it.
+            model=dict(
+                size="",
+                **fields,
+                dtypes={name: config_dict.placeholder(str) for name in ("params", "compute", "memory")},
+            ),
+            batch=dict(
+                rows=8,  # of a step, over all devices and microbatches
+                length=0,  # tokens of a row; 0: the model's window
+                accumulate=1,  # microbatches a step; the crossbatch plan is that of one of them
+                separate="padding",  # what local attention does not cross: none, padding or documents
+            ),
+            crossbatch=dict(
+                kind="none",  # none, published, longllama_3b, longllama_7b or blocks
+                packing=1,  # consecutive windows of a document in a batch (none, published)
+                stepping=False,  # published
+                windows=1,  # earlier windows (blocks)
+                loss_on_previous=True,  # whether rows of earlier windows count in the loss (blocks)
+                contexts=(1,),  # range (published) or d (blocks); the schedule chooses among them
+                schedule="constant",  # constant, switch_step, switch_accuracy or draw
+                switch_step=0,  # last step with the first of two contexts
+                switch_accuracy=0.98,  # share of right tokens that a step must reach for the second of two contexts
+            ),
+            optimizer=dict(
+                name="adamw",  # adamw, adafactor or lion
+                learning_rate=1e-3,
+                schedule="constant",  # constant, cosine or inverse_sqrt
+                warmup_steps=0,
+                final_share=0.1,  # share of the learning rate that cosine ends with
+                b1=0.9,
+                b2=0.95,
+                eps=1e-8,
+                weight_decay=0.0,  # of matrices, times the learning rate; never of norms and temperatures
+                decay_embeddings=False,
+                clip_norm=1.0,  # of the whole gradient; 0: none
+            ),
+            mesh=dict(data=0, fsdp=1, tensor=1),  # data 0: the devices that the others leave
+            data=dict(
+                train=(),  # sources, each as data.open_corpus takes it: a file, a folder, python:train, tfds:NAME:SPLIT
+                weights=(),  # of the training sources' documents; none: equal
+                min_tokens=(),  # shortest document taken of each training source; none: no limit
+                validation=(),  # held-out sources
+                field="text",  # that holds the text, where documents have fields
+                skip_short=False,  # leave out documents of fewer than two tokens, instead of refusing them
+                align_documents=False,  # start every document in a window of its own, padding its last one
+                tokenizer="",  # SentencePiece model
+                prepared="",  # folder for tokenised documents; none: WORKDIR/data
+                seed=0,  # of the order of documents
+            ),
+            validation=dict(every=0, batches=8),  # held-out loss, without memory; every 0: never
+            checkpoint=dict(every=1000, keep_last=2, keep_every=0),
+        )
+    ).lock()
+
+
+_CHOICES = {
+    "remat": ("none", "full", "dots"),
+    "batch.separate": ("none", "padding", "documents"),
+    "crossbatch.kind": ("none", "published", "longllama_3b", "longllama_7b", "blocks"),
+    "crossbatch.schedule": ("constant", "switch_step", "switch_accuracy", "draw"),
+    "optimizer.name": ("adamw", "adafactor", "lion"),
+    "optimizer.schedule": ("constant", "cosine", "inverse_sqrt"),
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses a configuration whose keys or values cannot be trained, before any long work.
+
+    Raises:
+        ValueError: unknown or missing keys, a choice that does not exist, numbers that do not fit each other.
+    """
+    flat = lambda c: (
+        {key for key, _ in c.iteritems(preserve_field_references=False)} if isinstance(c, ConfigDict) else set()
+    )
+
+    def compare(found: ConfigDict, wanted: ConfigDict, path: str) -> None:
+        if wrong := sorted(flat(found) ^ flat(wanted)):
+            what = "unknown" if wrong[0] in found else "missing"
+            raise ValueError(f"config key {path}{wrong[0]} is {what}; wanted {', '.join(sorted(flat(wanted)))}")
+        for key, value in wanted.items():
+            if isinstance(value, ConfigDict):
+                compare(found[key], value, f"{path}{key}.")
+
+    compare(config, default_config(), "")
+    for key, choices in _CHOICES.items():
+        value = functools.reduce(lambda c, name: c[name], key.split("."), config)
+        if value not in choices:
+            raise ValueError(f"config key {key} is {value!r}; wanted one of {', '.join(choices)}")
+    for key in ("steps", "log_every", "batch.rows", "batch.accumulate", "checkpoint.every", "checkpoint.keep_last"):
+        value = functools.reduce(lambda c, name: c[name], key.split("."), config)
+        if value < 1:
+            raise ValueError(f"config key {key} is {value}; wanted at least 1")
+    values = 2 if config.crossbatch.schedule.startswith("switch") else 1
+    if len(config.crossbatch.contexts) < values:
+        raise ValueError(
+            f"crossbatch.contexts is {config.crossbatch.contexts}; crossbatch.schedule {config.crossbatch.schedule!r} "
+            f"wanted at least {values} values"
+        )
+
+
+def model_config(config: ConfigDict, pretrained: ModelConfig | None = None) -> ModelConfig:
+    """The model that `config.model` describes: a named size or the pretrained one, with the stated fields replaced.
+
+    Raises:
+        ValueError: an unknown size, values that ModelConfig refuses, or too few of them.
+    """
+    stated = {key: value for key, value in config.model.items() if value is not None and key not in ("size", "dtypes")}
+    base = named(config.model.size) if config.model.size else pretrained
+    if base is None:
+        needed = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
+        if missing := [f"model.{name}" for name in needed if name not in stated]:
+            raise ValueError(f"config keys {', '.join(missing)} are not set; wanted them, or model.size, or init_from")
+    dtypes = {key: value for key, value in config.model.dtypes.items() if value is not None}
+    stated["dtypes"] = dataclasses.replace(base.dtypes if base else DtypePolicy(), **dtypes)
+    if base and ("d_model" in stated or "n_heads" in stated):  # derived from them, unless stated
+        stated = {"head_size": 0, **stated}
+    if base and "n_heads" in stated:
+        stated = {"n_kv_heads": 0, **stated}
+    return base.replace(**stated) if base else ModelConfig(**stated)
+
+
+def read_model(path: str | os.PathLike) -> ModelConfig:
+    """The configuration of the model in a working directory or a Hugging Face directory; parameters become float32."""
+    base = checkpoint.read_model(path) if checkpoint.is_workdir(path) else read_hf(path)
+    return base.replace(dtypes=dataclasses.replace(base.dtypes, params="float32"))
+
+
+def starting_params(path: str | os.PathLike, wanted: ModelConfig, abstract: Any) -> Any:
+    """Parameters of the model in a working directory or a Hugging Face directory, to train `wanted` from.
+
+    Memory layers have no parameters of their own, so any LLaMA can go on as a Focused Transformer: only the stacks that
+    hold its layers change.
+
+    Args:
+        abstract: the shapes that `wanted` has.
+
+    Returns:
+        The tree, of NumPy arrays.
+
+    Raises:
+        CheckpointError: tensors of another shape, each by name.
+    """
+    if checkpoint.is_workdir(path):
+        found, params = checkpoint.load_params(path)
+    else:
+        found = read_hf(path)
+        params = hf.read_params(path, found)
+    params = jax.tree.map(lambda x: np.asarray(x).astype(wanted.dtypes.params), params)
+    if found.segments != wanted.segments and found.n_layers == wanted.n_layers:
+        blocks = layers(found, params)
+        params = {key: value for key, value in params.items() if not key.startswith("segment_")}
+        for i, segment in enumerate(wanted.segments):
+            size = segment.plain + segment.memory
+            groups = [[blocks.pop(0) for _ in range(size)] for _ in range(segment.repeats)]
+            stacks = {"plain": [_stack(group[: segment.plain]) for group in groups]} if segment.plain else {}
+            stacks |= {"memory": [group[-1] for group in groups]} if segment.memory else {}
+            params[f"segment_{i}"] = {kind: _stack(trees) for kind, trees in stacks.items()}
+    checkpoint.check_shapes(path, "params", params, abstract)
+    return params
+
+
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def layout(config: ConfigDict) -> tuple[str, int]:
+    """How data lays a document's consecutive windows out in a batch: ('packed' or 'blocks', windows a document)."""
+    c = config.crossbatch
+    if c.kind == "blocks":
+        return "blocks", c.windows + 1
+    return "packed", 4 if c.kind.startswith("longllama") else c.packing
+
+
+def plan_at(config: ConfigDict, step: int, switched_at: int | None = None) -> crossbatch.Plan | None:
+    """The crossbatch plan of a microbatch in a step (counted from 1): a function of the arguments alone.
+
+    Args:
+        switched_at: step from which `switch_accuracy` uses the second of its contexts; None: not yet known.
+    """
+    c = config.crossbatch
+    late = {
+        "switch_step": step > c.switch_step,
+        "switch_accuracy": switched_at is not None and step >= switched_at,
+        "draw": np.random.default_rng([config.seed, step]).integers(len(c.contexts)),
+    }
+    return make_plan(config, c.contexts[int(late.get(c.schedule, 0))])
+
+
+def make_plan(config: ConfigDict, contexts: int) -> crossbatch.Plan | None:
+    """The crossbatch plan of a microbatch with a given range or d; None without crossbatch.
+
+    Raises:
+        ValueError: rows that packing or blocks do not divide, or contexts that the rows do not have.
+    """
+    c, rows = config.crossbatch, config.batch.rows // config.batch.accumulate
+    if c.kind == "none":
+        return None
+    if c.kind == "blocks":
+        return crossbatch.block_plan(rows, contexts, c.windows)
+    if c.kind == "published":
+        return crossbatch.published_plan(rows, contexts, c.packing, c.stepping)
+    return crossbatch.longllama_3b_plan(rows) if c.kind == "longllama_3b" else crossbatch.longllama_7b_plan(rows)
+
+
+def batch_length(config: ConfigDict, model: ModelConfig) -> int:
+    """T, tokens of a row."""
+    return config.batch.length or model.window
+
+
+def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str, int]) -> None:
+    """Refuses a batch that does not divide into microbatches, documents and devices.
+
+    Args:
+        mesh_shape: size of each mesh axis.
+
+    Raises:
+        ValueError: each number that does not fit, with what it was to be divided by.
+    """
+    rows, parts = config.batch.rows, config.batch.accumulate
+    if rows % parts:
+        raise ValueError(f"batch.rows is {rows}; wanted a multiple of batch.accumulate, {parts}")
+    _, windows = layout(config)
+    if windows < 1 or (rows // parts) % windows:
+        raise ValueError(
+            f"batch.rows / batch.accumulate is {rows // parts}; wanted a multiple of {windows}, the windows that a "
+            f"document has in a batch (packing; crossbatch.kind {config.crossbatch.kind!r})"
+        )
+    ways = mesh_shape["data"] * mesh_shape["fsdp"]
+    if (rows // parts) % ways:
+        raise ValueError(
+            f"batch.rows / batch.accumulate is {rows // parts}; wanted a multiple of mesh.data x mesh.fsdp, {ways}"
+        )
+    length = batch_length(config, model)
+    if not 1 <= length <= model.window:
+        raise ValueError(f"batch.length is {length}; wanted 1..{model.window}, the model's window")
+    if config.crossbatch.kind != "none" and not model.mem_layers:
+        raise ValueError(
+            f"crossbatch.kind is {config.crossbatch.kind!r}, but model.mem_layers is empty; wanted a memory layer"
+        )
+    for contexts in config.crossbatch.contexts:
+        make_plan(config, contexts)
+
+
+def data_source(config: ConfigDict, split: str, tokenizer: Tokenizer, prepared: str | os.PathLike) -> data.Mixture:
+    """The documents of `config.data`, tokenised where they are not yet.
+
+    Args:
+        split: 'train', drawn without end by weight; or 'validation', every document once, in order.
+        prepared: folder for tokenised documents.
+
+    Raises:
+        ValueError: no sources, lists of different lengths, or what reading the files raises.
+    """
+    c = config.data
+    sources, each = (c.train, (c.weights, c.min_tokens)) if split == "train" else (c.validation, ((), ()))
+    if not sources:
+        raise ValueError(f"data.{split} is empty; wanted at least one source")
+    if wrong := [x for x in each if len(x) not in (0, len(sources))]:
+        raise ValueError(
+            f"data.weights or data.min_tokens has {len(wrong[0])} values; wanted {len(sources)}, one a source, or none"
+        )
+    weights, shortest = each[0] or (1.0,) * len(sources), each[1] or (0,) * len(sources)
+    sets = [
+        data.prepare(data.open_corpus(source, field=c.field), tokenizer, prepared, skip_short=c.skip_short)
+        for source in sources
+    ]
+    parts = [
+        data.Source(documents, weight, least) for documents, weight, least in zip(sets, weights, shortest, strict=True)
+    ]
+    if split == "train":
+        return data.Mixture(parts, seed=c.seed)
+    return data.Mixture(parts, seed=None, repeat=False)
+
+
+def packed(config: ConfigDict, model: ModelConfig, documents: data.Mixture) -> data.Packed:
+    """Batches of `config.batch.rows` rows, laid out as crossbatch wants them; this process's part."""
+    kind, windows = layout(config)
+    return data.Packed(
+        documents,
+        streams=config.batch.rows // windows,
+        window=batch_length(config, model),
+        windows_per_step=windows,
+        layout=kind,
+        align_documents=config.data.align_documents,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

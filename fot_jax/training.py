@@ -1,0 +1,446 @@
+"""Training: loss, optimizer, step, and the loop round them.
+
+A step is one jitted function from (state, batch) to (state, metrics), with its shardings stated and the state donated.
+Everything that decides what a step computes is a function of the configuration, the step number and what the checkpoint
+holds, so that a run killed at any moment and started again ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import pathlib
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from fot_jax import checkpoint, crossbatch, model, run_config, sharding
+from fot_jax.config import ModelConfig
+from fot_jax.metrics import Meter, Metrics, flops_per_token
+
+Array = jax.Array
+PyTree = Any
+Batch = dict[str, Any]
+_log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and says what is kept."""
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+def head_sums(
+    config: ModelConfig, params: PyTree, hidden_BTD: Array, targets_BT: Array, mask_BT: Array
+) -> tuple[Array, Array]:
+    """Cross entropy summed over unmasked tokens, and how many of them have the target as the highest logit; float32."""
+    logits_BTV = model.logits(config, params, hidden_BTD)
+    highest_BT = jax.lax.stop_gradient(logits_BTV.max(axis=-1))
+    sum_BT = jnp.exp(logits_BTV - highest_BT[..., None]).sum(axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    loss_BT = jnp.log(sum_BT) + highest_BT - target_BT
+    right_BT = mask_BT & (target_BT >= highest_BT)
+    return jnp.where(mask_BT, loss_BT, 0.0).sum(), right_BT.sum(dtype=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def chunked_head_sums(
+    config: ModelConfig, chunk: int, params: PyTree, hidden_BTD: Array, targets_BT: Array, mask_BT: Array
+) -> tuple[Array, Array]:
+    """`head_sums` over `chunk` tokens at a time, so that logits of no more than that exist, forward and backward.
+
+    The gradient is taken chunk by chunk in the forward pass, while the chunk's logits are there: nothing is recomputed.
+    Chunks are cut along time: every chunk has all rows, and keeps their sharding.
+    """
+    chunks = _chunks(chunk, hidden_BTD, targets_BT, mask_BT)
+    sums = jax.lax.map(lambda arrays: head_sums(config, params, *arrays), chunks)
+    return sums[0].sum(), sums[1].sum()
+
+
+def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
+    B, T = arrays[0].shape[:2]
+    size = min(T, max(1, chunk // B))
+    n = -(-T // size)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, n * size - T)) + ((0, 0),) * (x.ndim - 2))  # masked: zero is False
+        return jnp.moveaxis(x.reshape(B, n, size, *x.shape[2:]), 1, 0)
+
+    return tuple(cut(x) for x in arrays)
+
+
+def _chunked_forward(config, chunk, params, hidden_BTD, targets_BT, mask_BT):
+    grad = jax.value_and_grad(functools.partial(head_sums, config), argnums=(0, 1), has_aux=True)
+
+    def body(total, arrays):
+        (loss, right), (params_grad, hidden_grad) = grad(params, *arrays)
+        return jax.tree.map(jnp.add, total, (loss, right, params_grad)), hidden_grad
+
+    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    (loss, right, params_grad), hidden_grad = jax.lax.scan(body, zero, _chunks(chunk, hidden_BTD, targets_BT, mask_BT))
+    B, T, D = hidden_BTD.shape
+    hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(B, -1, D)[:, :T]
+    return (loss, right), (params_grad, hidden_grad)
+
+
+def _chunked_backward(config, chunk, grads, cotangents):
+    params_grad, hidden_grad = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), grads)
+    return params_grad, hidden_grad, None, None
+
+
+chunked_head_sums.defvjp(_chunked_forward, _chunked_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What the loss does besides the model; see `default_config`."""
+
+    loss_chunk: int = 0
+    remat: str = "none"
+    separate: str = "padding"
+    loss_on_previous: bool = True
+
+
+def loss_sums(
+    config: ModelConfig, options: LossOptions, plan: crossbatch.Plan | None, params: PyTree, batch: Batch
+) -> tuple[Array, dict[str, Array]]:
+    """Summed cross entropy of a microbatch, with {'tokens', 'right'}: float32 scalars.
+
+    Args:
+        batch: tokens, targets, segment_ids int32 [B, T]; loss_mask bool [B, T].
+    """
+    mask_BT, segments_BT = batch["loss_mask"], batch["segment_ids"]
+    if plan is not None and not options.loss_on_previous:
+        mask_BT = mask_BT & crossbatch.loss_rows(plan, False)[:, None]
+    if options.separate != "documents":
+        segments_BT = (segments_BT > 0).astype(jnp.int32) if options.separate == "padding" else None
+    remat = options.remat
+    hidden_BTD = model.forward(config, params, batch["tokens"], plan=plan, segment_ids_BT=segments_BT, remat=remat)
+    key = "embed" if config.tie_embeddings else "head"
+    arguments = ({key: params[key]}, hidden_BTD, batch["targets"], mask_BT)
+    if options.loss_chunk:
+        loss, right = chunked_head_sums(config, options.loss_chunk, *arguments)
+    else:
+        loss, right = head_sums(config, *arguments)
+    return loss, {"tokens": mask_BT.sum(dtype=jnp.float32), "right": right}
+
+
+# -------------------------------------------------------------------------------------------------------- optimizer
+
+
+def learning_rate(config: ConfigDict) -> Callable[[Array], Array]:
+    """Learning rate of an update, from the number of updates before it: linear warm-up, then the schedule."""
+    c, warm = config.optimizer, max(config.optimizer.warmup_steps, 1)
+
+    def at(count: Array) -> Array:
+        step = jnp.asarray(count, jnp.float32) + 1
+        done = jnp.clip((step - c.warmup_steps) / max(config.steps - c.warmup_steps, 1), 0, 1)
+        shape = {
+            "constant": jnp.ones_like(step),
+            "cosine": c.final_share + (1 - c.final_share) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "inverse_sqrt": jnp.sqrt(warm / jnp.maximum(step, warm)),
+        }[c.schedule]
+        return c.learning_rate * jnp.minimum(step / warm, 1) * shape
+
+    return at
+
+
+def decay_mask(params: PyTree, embeddings: bool) -> PyTree:
+    """Which parameters weight decay is for: matrices; not norms and temperatures; embeddings if asked."""
+    kept = {"scale", "temperature"} | (set() if embeddings else {"embedding"})
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in kept, params)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Clipping, the optimizer's direction, decoupled weight decay, learning rate."""
+    c = config.optimizer
+    direction = {
+        "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
+        "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
+        # arXiv 1804.04235: factored second moments, updates clipped, and relative to the size of the parameter.
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        ),
+    }[c.name]()
+    return optax.chain(
+        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
+        direction,
+        optax.add_decayed_weights(c.weight_decay, functools.partial(decay_mask, embeddings=c.decay_embeddings)),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- step
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes: steps done (int32), parameters, optimizer state."""
+
+    step: Array
+    params: PyTree
+    opt_state: PyTree
+
+
+def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def state_shardings(mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
+    """Shardings of a state (of arrays or shapes); optimizer arrays shaped as their parameter lie where it lies."""
+    params = sharding.param_shardings(mesh, state.params)
+    shapes, places = checkpoint.named_leaves(state.params), checkpoint.named_leaves(params)
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = "." + jax.tree_util.keystr(path, simple=True, separator=".")
+        same = [p for p, x in shapes.items() if name.endswith("." + p) and x.shape == leaf.shape]
+        return places[max(same, key=len)] if same else sharding.replicated(mesh)
+
+    return TrainState(sharding.replicated(mesh), params, jax.tree_util.tree_map_with_path(place, state.opt_state))
+
+
+def train_step(
+    config: ModelConfig,
+    options: LossOptions,
+    optimizer: optax.GradientTransformation,
+    rate: Callable[[Array], Array],
+    plan: crossbatch.Plan | None,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update from the gradient of the mean loss over all unmasked tokens of all microbatches.
+
+    Args:
+        rate: learning rate of an update number, reported.
+        plan: crossbatch plan of a microbatch.
+        batch: arrays as for `loss_sums`, with a leading axis of microbatches, [A, B, T].
+
+    Returns:
+        The next state and float32 scalars: loss, accuracy, tokens, grad_norm, param_norm, learning_rate.
+    """
+    grad = jax.value_and_grad(functools.partial(loss_sums, config, options, plan), has_aux=True)
+
+    def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grad(state.params, micro)), None
+
+    first = {key: x[0] for key, x in batch.items()}
+    if batch["tokens"].shape[0] == 1:
+        (loss, counts), grads = grad(state.params, first)
+    else:  # sums, divided once by all tokens: a microbatch with more of them weighs more
+        shapes = jax.eval_shape(grad, state.params, first)
+        ((loss, counts), grads), _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), batch)
+    tokens = jnp.maximum(counts["tokens"], 1.0)
+    grads = jax.tree.map(lambda g: g / tokens, grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss / tokens,
+        "accuracy": counts["right"] / tokens,
+        "tokens": counts["tokens"],
+        "grad_norm": optax.global_norm(grads),
+        "param_norm": optax.global_norm(params),
+        "learning_rate": rate(state.step),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(config: ModelConfig, options: LossOptions, params: PyTree, batch: Batch) -> tuple[Array, Array, Array]:
+    """Sums over a batch [A, B, T] without crossbatch: loss, unmasked tokens, tokens predicted right."""
+
+    def one(micro: Batch) -> tuple[Array, Array, Array]:
+        loss, counts = loss_sums(config, options, None, params, micro)
+        return loss, counts["tokens"], counts["right"]
+
+    return jax.tree.map(lambda x: x.sum(), jax.lax.map(one, batch))
+
+
+def microbatches(batch: Batch, accumulate: int, blocks: int = 1) -> Batch:
+    """Rows [R, T] dealt to microbatches [A, R / A, T]; each keeps whole documents (see `run_config.layout`)."""
+    deal = lambda x: x.reshape(blocks, accumulate, -1, x.shape[-1]).swapaxes(0, 1).reshape(accumulate, -1, x.shape[-1])
+    return {key: deal(np.asarray(batch[key])) for key in ("tokens", "targets", "loss_mask", "segment_ids")}
+
+
+# ------------------------------------------------------------------------------------------------------------- loop
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """A list that SIGTERM or SIGINT puts its name into; a second one is as without us."""
+    caught: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig, jax.sharding.Mesh]:
+    """The run's model and mesh, after every check that needs no data and no long work.
+
+    Raises:
+        ValueError: see `run_config.check_config`, `model_config` and `check_batch`, and `sharding.make_mesh`.
+    """
+    run_config.check_config(config)
+    mesh = sharding.make_mesh({axis: size for axis, size in config.mesh.items() if size})
+    source = workdir if checkpoint.is_workdir(workdir) else config.init_from
+    model_config = run_config.model_config(config, run_config.read_model(source) if source else None)
+    run_config.check_batch(config, model_config, mesh.shape)
+    sharding.param_shardings(mesh, model.abstract_params(model_config))
+    return model_config, mesh
+
+
+def train(
+    config: ConfigDict, workdir: str | pathlib.Path, batches: Iterator[Batch], validation: Iterable[Batch] = ()
+) -> TrainState:
+    """Trains to `config.steps`, from the latest checkpoint in `workdir` if there is one.
+
+    SIGTERM and SIGINT end it after the step under way, with a checkpoint.
+
+    Args:
+        config: see `run_config.default_config`.
+        workdir: holds checkpoints, metrics and the model's configuration.
+        batches: endless iterator with get_state() -> JSON value and set_state(); see `data.Batches`.
+        validation: held-out batches; as many as `config.validation.batches` are kept and used every time.
+
+    Returns:
+        The last state.
+
+    Raises:
+        ValueError: see `check`.
+        CheckpointError: a checkpoint that cannot be written or read.
+        TrainingError: numbers that are not finite, or data that ended. The last checkpoint is from before.
+    """
+    model_config, mesh = check(config, workdir)
+    workdir = pathlib.Path(workdir).absolute()
+    optimizer, rate, c = make_optimizer(config), learning_rate(config), config.checkpoint
+    options = LossOptions(config.loss_chunk, config.remat, config.batch.separate, config.crossbatch.loss_on_previous)
+    with jax.set_mesh(mesh), _stop_signals() as stop:
+        saved = checkpoint.Checkpoints(
+            workdir, model_config, save_every=c.every, keep_last=c.keep_last, keep_every=c.keep_every
+        )
+        initial = lambda key: new_state(model.init_params(model_config, key), optimizer)
+        abstract = jax.eval_shape(initial, jax.random.key(config.seed))
+        places = state_shardings(mesh, abstract)
+        batch_place = NamedSharding(mesh, P(None, *sharding.spec("batch")))
+        replicated = sharding.replicated(mesh)
+
+        # In this order: a checkpoint of this run, parameters to start from, initial parameters.
+        run: dict[str, Any] = {"switched_at": None}
+        if checkpoint.steps(workdir):
+            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
+            rest = {"step": shapes.step, "opt_state": shapes.opt_state}
+            params, rest, position, run = checkpoint.restore(workdir, shapes.params, rest)
+            state = TrainState(rest["step"], params, rest["opt_state"])
+            batches.set_state(position)
+        elif config.init_from:
+            params = run_config.starting_params(config.init_from, model_config, abstract.params)
+            params = jax.device_put(params, places.params)
+            state = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=places)(params)
+        else:
+            # Run once: on a CPU, optimising the random number generator takes the compiler longer than running it.
+            quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+            state = jax.jit(initial, out_shardings=places, compiler_options=quick)(jax.random.key(config.seed))
+
+        @functools.cache
+        def step_fn(plan: crossbatch.Plan | None) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+            return jax.jit(
+                functools.partial(train_step, model_config, options, optimizer, rate, plan),
+                in_shardings=(places, batch_place),
+                out_shardings=(places, replicated),
+                donate_argnums=0,
+            )
+
+        eval_fn = jax.jit(
+            functools.partial(eval_step, model_config, options),
+            in_shardings=(places.params, batch_place),
+            out_shardings=replicated,
+        )
+        blocks = run_config.layout(config)[1] if config.crossbatch.kind == "blocks" else 1
+
+        def put(batch: Batch) -> Batch:
+            micro = microbatches(batch, config.batch.accumulate, blocks)
+            return {key: jax.make_array_from_process_local_data(batch_place, x) for key, x in micro.items()}
+
+        step = first = int(state.step)
+        length = run_config.batch_length(config, model_config)
+        tokens = config.batch.rows * length
+        metrics, meter = Metrics(workdir, step, config.steps), Meter(config.peak_flops)
+        held_out = list(itertools.islice(validation, config.validation.batches)) if config.validation.every else []
+        pending: list[tuple[int, crossbatch.Plan | None, dict[str, Array]]] = []
+
+        def settle() -> None:
+            """Fetches the numbers of the step before, so that the device is never waited for; refuses bad ones."""
+            while pending:
+                done, plan, values = pending.pop()
+                values = {key: float(value) for key, value in jax.device_get(values).items()}
+                if not all(map(math.isfinite, (values["loss"], values["grad_norm"], values["param_norm"]))):
+                    raise TrainingError(
+                        f"step {done}: loss is {values['loss']}, gradient norm {values['grad_norm']}, parameter norm "
+                        f"{values['param_norm']}; wanted finite numbers. The step is not saved; good checkpoints in "
+                        f"{saved.directory}: {checkpoint.steps(workdir) or 'none'}"
+                    )
+                if run["switched_at"] is None and values["accuracy"] >= config.crossbatch.switch_accuracy:
+                    run["switched_at"] = done + 2  # the step after it may have been started already
+                meter.count(tokens, tokens * flops_per_token(model_config, plan, length))
+                if done % config.log_every == 0 or done in (first + 1, config.steps):
+                    loss = {"loss": values.pop("loss")}
+                    loss["perplexity"] = math.exp(min(loss["loss"], 700))
+                    metrics.write(done, loss | values | meter.rates())
+
+        def validate() -> None:
+            sums = np.sum([jax.device_get(eval_fn(state.params, put(batch))) for batch in held_out], axis=0)
+            loss, accuracy = float(sums[0] / max(sums[1], 1)), float(sums[2] / max(sums[1], 1))
+            values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
+            metrics.write(step, {f"validation_{key}": value for key, value in values.items()})
+
+        if step:
+            _log.info("resuming from step %d in %s", step, workdir)
+        last = step >= config.steps
+        try:
+            while not last:
+                with meter.waiting():
+                    batch = next(batches, None)
+                if batch is None:
+                    raise TrainingError(f"step {step + 1}: the training data ended; wanted {config.steps} steps of it")
+                plan = run_config.plan_at(config, step + 1, run["switched_at"])
+                state, values = step_fn(plan)(state, put(batch))
+                step += 1
+                settle()
+                pending.append((step, plan, values))
+                saved.poll()
+                last = step == config.steps or bool(stop)
+                if last or saved.should_save(step):
+                    settle()  # before the save: a state that is not finite must not become a checkpoint
+                    rest = {"step": state.step, "opt_state": state.opt_state}
+                    saved.save(step, state.params, rest, batches.get_state(), run)
+                if held_out and (last or step % config.validation.every == 0):
+                    with meter.pause():
+                        settle()
+                        validate()
+        finally:
+            metrics.close()
+            saved.close()
+        if step < config.steps:
+            _log.warning("stopped by %s after step %d, which is saved; the same command resumes", stop[0], step)
+        return state

@@ -1,0 +1,58 @@
+"""Packaging of fot_jax."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+# A young package, or one that broke its interface before, has an upper bound; the others only the oldest release tried.
+REQUIRES = [
+    "absl-py>=2.1",
+    "array-record>=0.8.1",
+    "flax>=0.12,<0.14",
+    "grain>=0.2.15,<0.4",
+    "jax>=0.10,<0.13",
+    "matplotlib>=3.9",
+    "ml-collections>=1.0,<2",
+    "numpy>=2.0,<3",
+    "optax>=0.2.5,<0.4",
+    "orbax-checkpoint>=0.12,<1",
+    "protobuf>=5.28.3",
+    "pyarrow>=16",
+    "safetensors>=0.5,<1",
+    "sentencepiece>=0.2.0,<0.4",
+    "tensorboardX>=2.6.2",
+    "tensorflow-datasets>=4.9.9,<5",
+    "tqdm>=4.66",
+]
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "cuda": ["jax[cuda13]>=0.10,<0.13"],
+    "convert": ["gguf>=0.17,<1", "msgpack>=1.0"],
+    "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
+    # What the tests that compare with PyTorch's LLaMA need; without it those tests are skipped.
+    "parity": ["torch==2.13.0", "transformers>=5,<6"],
+}
+
+setup(
+    name="fot-jax",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "fot_jax/__init__.py").read_text(encoding="utf-8"))[1],
+    description="Focused Transformer in JAX: training with crossbatch, long context by memory layers",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["fot_jax", "fot_jax.*", "convert", "convert.*"]),
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

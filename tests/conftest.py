@@ -1,0 +1,30 @@
+"""What every test runs under: eight CPU devices, exact matrix products, no silent broadcasting between ranks."""
+
+from __future__ import annotations
+
+import os
+
+# Before jax is imported: both are read once, at start-up.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+# Compiling inside an example takes longer than hypothesis's default deadline; the same examples on every run.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, max_examples=25, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(scope="session")
+def devices():
+    """The eight CPU devices; the test is skipped where there are fewer (an accelerator asked for by JAX_PLATFORMS)."""
+    found = jax.devices()
+    if len(found) < 8:
+        pytest.skip(f"{len(found)} devices; wanted 8")
+    return found[:8]

@@ -1,0 +1,159 @@
+"""Checkpoints: what is kept, what comes back, and what is said when it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from fot_jax import checkpoint, sharding
+from fot_jax.config import DtypePolicy, ModelConfig
+
+CONFIG = ModelConfig(vocab_size=8, d_model=4, d_ff=8, n_layers=1, n_heads=2, dtypes=DtypePolicy(memory="bfloat16"))
+DATA = {"draw": [3, 1], "offset": [0, 17], "fingerprint": "a"}
+
+
+def tree():
+    random = np.random.default_rng(0)
+    params = {"embed": {"embedding": jnp.asarray(random.normal(size=(8, 4)), jnp.float32)}}
+    optimizer = ((jnp.int32(3), {"embed": {"embedding": jnp.ones((8, 4), jnp.bfloat16)}}), ())
+    return params, optimizer
+
+
+def shapes(tree, place=None):
+    place = place or SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    params, optimizer = tree()
+    saved = checkpoint.Checkpoints(tmp_path, CONFIG, save_every=2, keep_last=2, keep_every=6)
+    assert [saved.should_save(step) for step in (1, 2)] == [False, True]
+    for step in (2, 4, 6, 8, 10, 12):
+        saved.save(step, params, optimizer, DATA, {"switched_at": None})
+        saved.poll()
+    saved.close()
+    return tmp_path
+
+
+def test_what_is_kept_and_what_comes_back(workdir):
+    assert checkpoint.steps(workdir) == [6, 10, 12] and checkpoint.is_workdir(workdir)
+    params, optimizer = tree()
+    got = checkpoint.restore(workdir, shapes(params), shapes(optimizer))
+    jax.tree.map(np.testing.assert_array_equal, got[:2], (params, optimizer))
+    assert jax.tree.structure(got[1]) == jax.tree.structure(optimizer)
+    assert got[2:] == (DATA, {"switched_at": None})
+    assert got[1][0][0].dtype == jnp.int32 and got[1][0][1]["embed"]["embedding"].dtype == jnp.bfloat16
+    for part in ("data", "run"):  # plain JSON: nothing of NumPy's
+        json.loads(next((workdir / "checkpoints" / "12" / part).glob("*.json")).read_text())
+    with pytest.raises(FileNotFoundError, match=r"holds steps \[6, 10, 12\]; wanted step 4"):
+        checkpoint.restore(workdir, shapes(params), shapes(optimizer), step=4)
+
+
+def test_parameters_alone_need_nothing_but_the_directory(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "12" / "optimizer" / "d")  # its arrays are not read
+    config, params = checkpoint.load_params(workdir)
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params, tree()[0])
+
+
+def test_restores_onto_another_mesh(workdir, devices):
+    params, optimizer = tree()
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}, devices)
+    split = NamedSharding(mesh, P("tensor", "fsdp"))
+    whole = NamedSharding(mesh, P())
+    got, opt, *_ = checkpoint.restore(workdir, shapes(params, split), shapes(optimizer, whole))
+    assert got["embed"]["embedding"].sharding == split
+    jax.tree.map(np.testing.assert_array_equal, (got, opt), (params, optimizer))
+
+
+def test_another_shape_is_named_with_found_and_wanted(workdir):
+    params, optimizer = tree()
+    params["embed"]["embedding"] = jnp.zeros((9, 4))
+    params["norm"] = {"scale": jnp.zeros((4,))}
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.restore(workdir, shapes(params), shapes(optimizer))
+    assert "embed.embedding is float32[8, 4], wanted float32[9, 4]" in str(caught.value)
+    assert "norm.scale is absent, wanted float32[4]" in str(caught.value)
+    assert str(workdir / "checkpoints" / "12") in str(caught.value)
+
+
+def test_another_model_in_the_same_directory_is_an_error(workdir):
+    other = CONFIG.replace(rope_base=500.0, dtypes=DtypePolicy(compute="bfloat16"))
+    with pytest.raises(checkpoint.CheckpointError, match="another model: rope_base is 10000.0, wanted 500.0"):
+        checkpoint.Checkpoints(workdir, other, save_every=1, keep_last=1)
+    (workdir / "model.json").write_text('{"vocab_size": 8}')
+    with pytest.raises(checkpoint.CheckpointError, match="model.json: not a model configuration"):
+        checkpoint.load_params(workdir)
+
+
+FILES = ("params/d/*", "params/_METADATA", "params/manifest.ocdbt", "data/data.json", "run/data.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("how", ["deleted", "cut"])
+def test_a_damaged_checkpoint_is_named_and_never_passed_over(workdir, file, how):
+    params, optimizer = map(shapes, tree())
+    step = workdir / "checkpoints" / "12"
+    for path in step.glob(file):
+        path.unlink() if how == "deleted" else os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(checkpoint.CheckpointError) as caught:
+        checkpoint.restore(workdir, params, optimizer)
+    assert f"the checkpoint {step} is damaged" in str(caught.value)
+    assert "Remove that folder to resume from step 10" in str(caught.value)
+    shutil.rmtree(step)
+    checkpoint.restore(workdir, params, optimizer)
+
+
+def test_a_flipped_bit_is_found(tmp_path):
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
+    saved = checkpoint.Checkpoints(tmp_path, CONFIG, save_every=1, keep_last=1)
+    saved.save(1, params, {"step": jnp.int32(1)}, {}, {})
+    saved.close()
+    found = checkpoint.load_params(tmp_path)[1]
+    np.testing.assert_array_equal(found["w"], params["w"])
+    largest = max((tmp_path / "checkpoints" / "1" / "params" / "d").iterdir(), key=lambda p: p.stat().st_size)
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    largest.write_bytes(bytes(raw))
+    with pytest.raises(checkpoint.CheckpointError, match="1 is damaged: .*start again"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_half_written_checkpoints_are_not_seen_and_are_removed(workdir):
+    half = workdir / "checkpoints" / "14.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "12", half)
+    assert checkpoint.steps(workdir)[-1] == 12
+    assert half.exists()  # reading removes nothing: a training may be writing it
+    checkpoint.Checkpoints(workdir, CONFIG, save_every=1, keep_last=2).close()
+    assert not half.exists() and checkpoint.steps(workdir)[-1] == 12
+
+
+def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(tmp_path):
+    toy = [sys.executable, str(pathlib.Path(__file__).parent / "toy.py"), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent), "XLA_FLAGS": ""}
+    env["JAX_COMPILATION_CACHE_DIR"], env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(tmp_path / "cache"), "0"
+    first = subprocess.run([*toy, "steps=2"], env=env, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints" / "2").rglob("*") if p.is_file()}
+    limit = max(map(len, before.values())) // 2
+    full = subprocess.run([*toy, "steps=4", f"file_size_limit={limit}"], env=env, capture_output=True, text=True)
+    assert full.returncode != 0
+    assert f"saving step 4 to {tmp_path / 'checkpoints' / '4'} failed" in full.stderr
+    assert "File too large" in full.stderr and "the checkpoint of step 2 is whole" in full.stderr
+    assert checkpoint.steps(tmp_path) == [2]
+    assert {p: p.read_bytes() for p in before} == before
+    again = subprocess.run([*toy, "steps=4"], env=env, capture_output=True, text=True)
+    assert again.returncode == 0 and "resuming from step 2" in again.stderr
+    assert checkpoint.steps(tmp_path) == [2, 4]

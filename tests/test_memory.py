@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference as reference
+import pytest
+
+from fot_jax import memory
+from fot_jax.config import DtypePolicy, ModelConfig
+
+CONFIG = ModelConfig(vocab_size=11, d_model=8, d_ff=8, n_layers=3, n_heads=4, n_kv_heads=2, window=4, mem_layers=(0, 2))
+SCALE = 0.5
+# B, T, H, G, K, M, k, score_bytes. From one slot to memories that are read in blocks of slots and of queries at once, with few
+# and many sub-blocks; k from 1 to more than there are slots.
+TOPK_SHAPES = {
+    "one slot": (1, 2, 2, 1, 4, 1, 1, 2**20),
+    "k beyond the slots": (2, 3, 4, 2, 4, 9, 12, 2**20),
+    "queries in blocks": (2, 5, 2, 2, 4, 70, 5, 3000),
+    "sub-blocks": (3, 2, 4, 1, 2, 700, 3, 2**20),
+    "both in blocks": (2, 3, 2, 1, 2, 2500, 4, 1),
+    "both in blocks, sub-blocks": (2, 5, 1, 1, 2, 3100, 1, 17000),
+    "blocks of slots smaller than k": (2, 2, 2, 2, 4, 2100, 1500, 1),
+}
+
+
+def arrays(rng, B, T, H, G, K, M, draw):
+    q_BHTK, k_BGMK, v_BGMK = (draw(shape) for shape in ((B, H, T, K), (B, G, M, K), (B, G, M, K)))
+    return q_BHTK.astype(np.float32), k_BGMK.astype(np.float32), v_BGMK.astype(np.float32)
+
+
+def fills(rng, B, M, k):
+    """Unequal, with an empty row where there is another."""
+    length_B = rng.integers(0, M + 1, B)
+    length_B[rng.integers(B)] = rng.choice([0, 1, min(k, M), max(M - 1, 0), M])
+    return length_B.astype(np.int32)
+
+
+def brute_force(q_BHTK, k_BGMK, v_BGMK, length_B, k, scale):
+    """Slots, their scores, o, lse in float64: all scores sorted, ties to the lowest slot."""
+    q, keys, values = (x.astype(np.float64) for x in (q_BHTK, k_BGMK, v_BGMK))
+    B, H, T, K = q.shape
+    slots, best = np.full((B, H, T, k), -1), np.full((B, H, T, k), -np.inf)
+    o, lse = np.zeros(q.shape), np.full((B, H, T), -np.inf)
+    for b, h, t in np.ndindex(B, H, T):
+        g, n = h // (H // keys.shape[1]), min(k, length_B[b])
+        if not n:
+            continue
+        s = keys[b, g, : length_B[b]] @ q[b, h, t]
+        chosen = np.argsort(-s, kind="stable")[:n]
+        slots[b, h, t, :n], best[b, h, t, :n] = chosen, s[chosen]
+        p = np.exp(scale * (s[chosen] - s[chosen].max()))
+        o[b, h, t] = p @ values[b, g, chosen] / p.sum()
+        lse[b, h, t] = np.log(p.sum()) + scale * s[chosen].max()
+    return slots, best, o, lse
+
+
+@functools.partial(jax.jit, static_argnames=("k", "scale", "score_bytes"))
+def topk(q, keys, values, length_B, *, k, scale=SCALE, score_bytes=memory.SCORE_BYTES):
+    """The public function with head-major arrays."""
+    major = lambda x: jnp.swapaxes(x, 1, 2)
+    found = memory.topk_attention(*map(major, (q, keys, values)), length_B, k=k, scale=scale, score_bytes=score_bytes)
+    return tuple(map(major, found))
+
+
+DENSE = jax.jit(memory.dense, static_argnames=("scale", "score_bytes"))
+
+
+@pytest.mark.parametrize("name", TOPK_SHAPES)
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0, 1, 2, 6]))
+def test_topk_of_integers_is_exactly_brute_force_ties_included(name, seed, spread):
+    *shape, k, score_bytes = TOPK_SHAPES[name]
+    rng = np.random.default_rng(seed)
+    q, keys, values = arrays(rng, *shape, lambda size: rng.integers(-spread, spread + 1, size))
+    length_B = fills(rng, shape[0], shape[-1], k)
+    o, lse, slots = topk(q, keys, values, length_B, k=k, score_bytes=score_bytes)
+    want_slots, _, want_o, want_lse = brute_force(q, keys, values, length_B, k, SCALE)
+    np.testing.assert_array_equal(slots, want_slots)
+    assert slots.dtype == jnp.int32 and o.dtype == lse.dtype == jnp.float32
+    np.testing.assert_allclose(o, want_o, atol=1e-4)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TOPK_SHAPES)
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1))
+def test_topk_is_brute_force_up_to_rounding(name, seed):
+    *shape, k, score_bytes = TOPK_SHAPES[name]
+    rng = np.random.default_rng(seed)
+    q, keys, values = arrays(rng, *shape, rng.standard_normal)
+    length_B = fills(rng, shape[0], shape[-1], k)
+    o, lse, slots = map(np.asarray, topk(q, keys, values, length_B, k=k, score_bytes=score_bytes))
+    want_slots, want_scores, want_o, want_lse = brute_force(q, keys, values, length_B, k, SCALE)
+    np.testing.assert_array_equal(slots == -1, want_slots == -1)
+    for b, h, t in np.ndindex(slots.shape[:3]):
+        found = slots[b, h, t][slots[b, h, t] >= 0]
+        assert len(set(found)) == len(found) and np.all(found < length_B[b])
+        # Another slot than brute force's is right only where float32 cannot tell their scores apart.
+        scores = keys[b, h // (shape[2] // shape[3]), found].astype(np.float64) @ q[b, h, t].astype(np.float64)
+        np.testing.assert_allclose(scores, want_scores[b, h, t, : len(found)], atol=2e-6)
+    assert np.mean(slots == want_slots) > 0.99
+    np.testing.assert_allclose(o, want_o, atol=2e-3)  # a swapped slot at the k-th place
+    assert np.mean(np.abs(o - want_o) < 2e-5) > 0.97
+    np.testing.assert_allclose(lse, want_lse, atol=2e-5)
+
+
+def test_ties_across_blocks_of_slots_go_to_the_lowest():
+    # All scores equal but one, which lies late: a tie must not follow it into its block.
+    M, k = 2500, 5
+    keys = np.ones((1, 1, M, 2), np.float32)
+    keys[0, 0, 2203] = 2
+    q = np.ones((1, 1, 2, 2), np.float32)
+    for score_bytes in (1, 2**20):
+        for length, want in ((2500, [2203, 0, 1, 2, 3]), (2203, [0, 1, 2, 3, 4]), (3, [0, 1, 2, -1, -1])):
+            *_, slots = topk(q, keys, keys, np.array([length], np.int32), k=k, score_bytes=score_bytes)
+            np.testing.assert_array_equal(slots, np.broadcast_to(want, (1, 1, 2, k)))
+
+
+@pytest.mark.parametrize(("M", "k", "score_bytes"), [(40, 40, 2**26), (40, 64, 1), (1300, 1300, 1)])
+def test_topk_of_everything_is_dense(M, k, score_bytes):
+    rng = np.random.default_rng(M + k)
+    q, keys, values = arrays(rng, 3, 3, 4, 2, 4, M, rng.standard_normal)
+    length_B = np.array([M, 0, M // 3], np.int32)
+    readings = memory.Reading("dense", score_bytes=score_bytes), memory.Reading("topk", k, score_bytes)
+    both = jax.jit(lambda *arguments: [memory.read(reading, *arguments, scale=SCALE) for reading in readings])
+    dense, best = both(q, keys, values, length_B)
+    np.testing.assert_allclose(best.o_BHTK, dense.o_BHTK, atol=2e-5)
+    np.testing.assert_allclose(best.lse_BHT, dense.lse_BHT, atol=2e-5)
+    seen = np.broadcast_to(np.arange(M) < length_B[:, None, None], (3, 3, M))
+    np.testing.assert_allclose(best.o_BHTK, reference.attention(q, keys, values, seen, SCALE)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("T", "M", "score_bytes"), [(5, 37, 2**20), (7, 37, 600), (3, 2500, 1), (4, 2100, 2**20), (5, 1025, 40000)]
+)
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([1.0, 30.0]))
+def test_dense_in_blocks_or_not_is_a_float64_softmax(T, M, score_bytes, seed, size):
+    rng = np.random.default_rng(seed)
+    q, keys, values = arrays(rng, 3, T, 4, 2, 4, M, rng.standard_normal)
+    length_B = fills(rng, 3, M, 1)
+    found = DENSE(size * q, keys, values, length_B, scale=SCALE, score_bytes=score_bytes)
+    seen = np.broadcast_to(np.arange(M) < length_B[:, None, None], (3, T, M))
+    o, lse = reference.attention(size * q, keys, values, seen, SCALE)
+    np.testing.assert_allclose(found.o_BHTK, o, atol=2e-5 * size)
+    np.testing.assert_allclose(found.lse_BHT, lse, atol=2e-5 * size)
+
+
+def test_unfilled_slots_are_never_read():
+    # What lies beyond the fill is whatever was there: it must not matter.
+    rng = np.random.default_rng(0)
+    q, keys, values = arrays(rng, 2, 3, 2, 1, 4, 1500, rng.standard_normal)
+    length_B = np.array([7, 0], np.int32)
+    other_k, other_v = keys.copy(), values.copy()
+    other_k[0, :, 7:], other_k[1], other_v[0, :, 7:], other_v[1] = 1e4, -1e4, 1e4, 1e4
+    for read in (functools.partial(DENSE, scale=SCALE), functools.partial(topk, k=9)):
+        first = read(q, keys, values, length_B, score_bytes=1)
+        second = read(q, other_k, other_v, length_B, score_bytes=1)
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_memory_without_a_slot():
+    q, empty = np.ones((2, 4, 3, 4), np.float32), np.zeros((2, 2, 0, 4), np.float32)
+    length_B = np.zeros(2, np.int32)
+    found = DENSE(q, empty, empty, length_B, scale=SCALE)
+    assert not np.any(found.o_BHTK) and np.all(np.isneginf(found.lse_BHT))
+    o, lse, slots = topk(q, empty, empty, length_B, k=3)
+    assert not np.any(o) and np.all(np.isneginf(lse)) and slots.shape == (2, 4, 3, 3) and np.all(slots == -1)
+
+
+@pytest.mark.parametrize("score_bytes", [1, 2**20])
+def test_bfloat16_memory_is_compared_as_stored(score_bytes):
+    rng = np.random.default_rng(1)
+    q, keys, values = arrays(rng, 2, 3, 4, 2, 4, 1200, rng.standard_normal)
+    keys, values = (x.astype(jnp.bfloat16) for x in (keys, values))
+    length_B, k = np.array([1100, 2], np.int32), 6
+    stored = [x.astype(np.float32) for x in (keys, values)]
+    want_slots, _, want_o, want_lse = brute_force(q, *stored, length_B, k, SCALE)
+    o, lse, slots = topk(q, keys, values, length_B, k=k, score_bytes=score_bytes)
+    np.testing.assert_array_equal(slots, want_slots)
+    np.testing.assert_allclose(o, want_o, atol=1e-4)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+    seen = np.broadcast_to(np.arange(1200) < length_B[:, None, None], (2, 3, 1200))
+    want_o, want_lse = reference.attention(q, *stored, seen, SCALE)
+    found = DENSE(q, keys, values, length_B, scale=SCALE, score_bytes=score_bytes)
+    np.testing.assert_allclose(found.o_BHTK, want_o, atol=1e-4)
+    np.testing.assert_allclose(found.lse_BHT, want_lse, atol=1e-4)
+
+
+def test_topk_scale_defaults_to_the_root_of_the_head_size():
+    rng = np.random.default_rng(2)
+    q, keys, values = arrays(rng, 1, 2, 2, 1, 4, 9, rng.standard_normal)
+    length_B = np.array([8], np.int32)
+    *_, want_o, want_lse = brute_force(q, keys, values, length_B, 3, 0.5)
+    o, lse, _ = topk(q, keys, values, length_B, k=3, scale=None)
+    np.testing.assert_allclose(o, want_o, atol=1e-5)
+    np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": 0}, "k is 0; wanted at least 1"),
+        ({"q": (2, 3, 3, 4)}, "H a multiple of G"),
+        ({"q": (2, 3, 4, 6)}, "do not fit"),
+        ({"q": (1, 3, 4, 4)}, "do not fit"),
+        ({"v": (2, 8, 2, 4)}, "do not fit"),
+        ({"length": (3,)}, r"length_B has shape \(3,\); wanted \(2,\)"),
+    ],
+)
+def test_topk_attention_of_arrays_that_do_not_fit(changes, message):
+    shapes = {"q": (2, 3, 4, 4), "k": (2, 9, 2, 4), "v": (2, 9, 2, 4), "length": (2,)}
+    shapes |= {name: shape for name, shape in changes.items() if name != "k"}
+    q, keys, values = (np.zeros(shapes[name], np.float32) for name in "qkv")
+    with pytest.raises(ValueError, match=message):
+        memory.topk_attention(q, keys, values, np.zeros(shapes["length"], np.int32), k=changes.get("k", 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nearest",), "memory reading is 'nearest'; wanted 'dense' or 'topk'"),
+        (("dense", 3), "k=3; wanted k for 'topk', and only there"),
+        (("topk",), "k=None; wanted k for 'topk'"),
+        (("topk", 0), "k is 0; wanted at least 1"),
+    ],
+)
+def test_readings_that_are_none(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        memory.Reading(*arguments)
+
+
+# Caches against lists of tokens.
+
+B, CAPACITY = 3, 13
+APPEND = jax.jit(memory.append, donate_argnums=0)
+EVICT = jax.jit(memory.evict_oldest, donate_argnums=0)
+CLEAR = jax.jit(memory.clear)
+COMPACT = jax.jit(memory.compact)
+
+
+def token_arrays(tokens_BT, layer):
+    """Keys and values that tell token, layer, head and dimension apart."""
+    keys = tokens_BT[:, None, :, None] * 100.0 + layer * 10 + np.arange(2)[None, :, None, None] + 0.125 * np.arange(2)
+    return keys.astype(np.float32), -keys.astype(np.float32)
+
+
+def check(cache, lists):
+    np.testing.assert_array_equal(cache.length_B, [len(tokens) for tokens in lists])
+    for layer in range(2):
+        for b, tokens in enumerate(lists):
+            keys, values = token_arrays(np.array([tokens]).reshape(1, -1), layer)
+            np.testing.assert_array_equal(cache.keys[layer][b, :, : len(tokens)], keys[0])
+            np.testing.assert_array_equal(cache.values[layer][b, :, : len(tokens)], values[0])
+
+
+operation = st.one_of(
+    st.tuples(st.just("append"), st.sampled_from([1, 5, CAPACITY]), st.lists(st.integers(0, CAPACITY), min_size=B, max_size=B)),
+    st.tuples(st.just("append all"), st.sampled_from([1, 5]), st.none()),
+    st.tuples(st.just("evict"), st.none(), st.lists(st.integers(0, CAPACITY + 2), min_size=B, max_size=B)),
+    st.tuples(st.just("clear"), st.none(), st.lists(st.booleans(), min_size=B, max_size=B)),
+)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(st.lists(operation, min_size=1, max_size=12))
+def test_a_cache_is_a_list_of_tokens_a_row(operations):
+    config = CONFIG.replace(d_model=8, head_size=2)
+    cache, lists, fresh = memory.init_cache(config, B, 2, CAPACITY, "float32"), [[], [], []], 1
+    for kind, T, per_row in operations:
+        if kind.startswith("append"):
+            tokens_BT = fresh + np.arange(B * T).reshape(B, T)
+            fresh += B * T
+            count_B = [T] * B if per_row is None else [min(count, T) for count in per_row]
+            keys, values = zip(*(token_arrays(tokens_BT, layer) for layer in range(2)), strict=True)
+            cache = APPEND(cache, keys, values, None if per_row is None else np.array(count_B, np.int32))
+            for b in range(B):
+                lists[b] = (lists[b] + list(tokens_BT[b, : count_B[b]]))[:CAPACITY]
+        elif kind == "evict":
+            cache = EVICT(cache, np.array(per_row, np.int32))
+            lists = [tokens[count:] for tokens, count in zip(lists, per_row, strict=True)]
+        else:
+            cache = CLEAR(cache, np.array(per_row))
+            lists = [[] if empty else tokens for tokens, empty in zip(lists, per_row, strict=True)]
+        check(cache, lists)
+
+
+@hypothesis.given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=2, max_size=2))
+def test_compact_moves_valid_tokens_to_the_front_in_order(valid):
+    x = np.random.default_rng(0).standard_normal((2, 2, 7, 3)).astype(np.float32)
+    valid_BT = np.array(valid)
+    first, second = COMPACT((x, x + 1), valid_BT)
+    for b in range(2):
+        n = valid_BT[b].sum()
+        np.testing.assert_array_equal(first[b, :, :n], x[b][:, valid_BT[b]])
+        np.testing.assert_array_equal(second[b, :, :n], x[b][:, valid_BT[b]] + 1)
+
+
+def test_memory_has_the_memory_layers_in_the_memory_dtype():
+    config = CONFIG.replace(dtypes=DtypePolicy(memory="bfloat16"))
+    mem = memory.init_memory(config, 2, 24)
+    assert mem.capacity == 24 and len(mem.keys) == len(mem.values) == 2
+    assert all(x.shape == (2, 2, 24, 2) and x.dtype == jnp.bfloat16 for x in (*mem.keys, *mem.values))
+    assert mem.nbytes == 2 * 2 * (2 * 2 * 24 * 2) * 2
+    np.testing.assert_array_equal(mem.length_B, [0, 0])
+    keys = [np.full((2, 2, 1, 2), 1.01, np.float32)] * 2
+    mem = APPEND(mem, keys, keys)  # converted as it enters
+    assert mem.keys[0].dtype == jnp.bfloat16 and mem.keys[0][0, 0, 0, 0] == jnp.bfloat16(1.01)
+    none = memory.init_memory(CONFIG.replace(mem_layers=()), 2, 24)
+    assert none.capacity == 0 and none.nbytes == 0
+    assert memory.append(none, (), ()) is none
+
+
+def test_caches_that_do_not_fit():
+    with pytest.raises(ValueError, match="capacity is 2147483648 tokens"):
+        memory.init_memory(CONFIG, 1, 2**31)
+    with pytest.raises(ValueError, match="capacity is -1"):
+        memory.init_memory(CONFIG, 1, -1)
+    mem = memory.init_memory(CONFIG, 1, 4)
+    x = np.zeros((1, 2, 5, 2), np.float32)
+    with pytest.raises(ValueError, match="5 tokens do not fit a cache of capacity 4"):
+        memory.append(mem, [x, x], [x, x])
+    with pytest.raises(ValueError, match="cache has 2 layers; wanted as many keys and values, found 1, 1"):
+        memory.append(mem, [x], [x])

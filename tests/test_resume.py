@@ -1,0 +1,134 @@
+"""A run that is killed and started again ends with the bits of one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from fot_jax import checkpoint
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Starts a run in a process of its own; what is compiled once is compiled for all."""
+    cache = tmp_path_factory.mktemp("compiled")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+    def start(workdir, *keys):
+        command = [sys.executable, str(ROOT / "tests" / "toy.py"), str(workdir), f"steps={STEPS}", *keys]
+        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def finish(process):
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return errors
+
+
+def kill_when(process, ready):
+    """SIGKILL as soon as `ready` holds; whether it came in time."""
+    while process.poll() is None:
+        if ready():
+            process.kill()
+            break
+        time.sleep(0.0005)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def lines(workdir):
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def being_saved(workdir, step):
+    """Whether some bytes of a step's arrays are written, but the step is not whole."""
+    half = pathlib.Path(workdir) / "checkpoints" / f"{step}.orbax-checkpoint-tmp"
+    try:
+        return any(half.glob("*/**/d/*"))
+    except OSError:  # renamed meanwhile
+        return False
+
+
+def outcome(workdir):
+    """Every array of the last checkpoint and the data position, and the loss of every step."""
+    assert checkpoint.steps(workdir)[-1] == STEPS
+    last = pathlib.Path(workdir) / "checkpoints" / str(STEPS)
+    data, told = (json.loads((last / part / "data.json").read_text()) for part in ("data", "run"))
+    metrics = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    params = jax.device_get(checkpoint.load_params(workdir)[1])
+    return params, data, told, [(line["step"], line["loss"]) for line in metrics if "loss" in line]
+
+
+def assert_same(found, wanted):
+    jax.tree.map(np.testing.assert_array_equal, found[0], wanted[0])
+    assert found[1:3] == wanted[1:3]  # the sums of the optimizer's bits among them
+    assert found[3] == wanted[3] and [step for step, _ in wanted[3]] == list(range(1, STEPS + 1))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    finish(run(workdir))
+    return outcome(workdir)
+
+
+def test_killed_between_saves_and_during_one(run, uninterrupted, tmp_path):
+    assert kill_when(run(tmp_path), lambda: lines(tmp_path) >= 5)
+    assert kill_when(run(tmp_path), lambda: being_saved(tmp_path, 8))
+    assert checkpoint.steps(tmp_path)[-1] < STEPS
+    assert "resuming from step" in finish(run(tmp_path))
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+def test_stopped_by_sigterm(run, uninterrupted, tmp_path):
+    process = run(tmp_path)
+    while process.poll() is None and lines(tmp_path) < 3:
+        time.sleep(0.001)
+    process.terminate()
+    errors = finish(process)  # exit code 0
+    if checkpoint.steps(tmp_path)[-1] < STEPS:
+        assert "stopped by SIGTERM" in errors and "the same command resumes" in errors
+        finish(run(tmp_path))
+    assert_same(outcome(tmp_path), uninterrupted)
+
+
+class Later:
+    """Whether some seconds are gone since the first line of metrics after this was made."""
+
+    def __init__(self, seconds, workdir):
+        self.seconds, self.workdir, self.lines, self.since = seconds, workdir, lines(workdir), None
+
+    def __call__(self):
+        if self.since is None and lines(self.workdir) != self.lines:
+            self.since = time.perf_counter()
+        return self.since is not None and time.perf_counter() - self.since > self.seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(run, uninterrupted, tmp_path, seed):
+    moments = random.Random(seed)
+    for _ in range(4):
+        process = run(tmp_path)
+        if not kill_when(process, Later(moments.uniform(0.0, 1.5), tmp_path)):
+            break
+    if process.returncode:
+        finish(run(tmp_path))
+    assert_same(outcome(tmp_path), uninterrupted)

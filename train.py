@@ -1,0 +1,58 @@
+"""Trains a Focused Transformer.
+
+    python train.py --config=configs/tiny.py --workdir=/tmp/tiny --config.steps=100
+
+The same command again goes on from the latest checkpoint in the working directory, with the same bits as if it had
+never stopped. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from fot_jax import checkpoint, data, run_config, training
+from fot_jax.tokenizer import Tokenizer, check_vocab
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File in configs/, with a function get_config().", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and tokenised documents.")
+
+
+def main(argv: list[str]) -> None:
+    """Checks, then data, then training."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
+    log = logging.getLogger("fot_jax")  # absl's own stays at warnings: Orbax tells it two hundred lines a checkpoint
+    log.setLevel(logging.INFO)
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
+
+    # 1. Everything that can be wrong with the configuration, before any long work.
+    model, mesh = training.check(config, workdir)
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    check_vocab(tokenizer, model.vocab_size)
+    log.info("model %s on mesh %s", model, dict(mesh.shape))
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(workdir / "config.json", config.to_dict())
+
+    # 2. Data: tokenised the first time, then opened. Batches are made ahead in a thread.
+    prepared = config.data.prepared or workdir / "data"
+    documents = run_config.data_source(config, "train", tokenizer, prepared)
+    batches = data.Batches(run_config.packed(config, model, documents))
+    validation = ()
+    if config.validation.every:
+        held_out = run_config.data_source(config, "validation", tokenizer, prepared)
+        validation = data.Batches(run_config.packed(config, model, held_out))
+
+    # 3. Parameters, optimizer and data position: from the latest checkpoint in the working directory; else parameters
+    #    from init_from; else initial ones. Then steps until config.steps, or SIGTERM.
+    training.train(config, workdir, batches, validation)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
