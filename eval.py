@@ -2,8 +2,8 @@
 
     python eval.py --config=configs/eval/perplexity.py --checkpoint=WORKDIR --out=results/perplexity
 
-The checkpoint is a working directory of train.py or a Hugging Face directory. Prints a table, and writes the same as JSON and
-PNG. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
+The checkpoint is a working directory of train.py or a Hugging Face directory. Prints a table, and writes the same as
+JSON and PNG. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fot_jax import data, evals
+from fot_jax import data, evals, sources
+from fot_jax.host import keep_freed_memory
 from fot_jax.pretrained import load_pretrained
 from fot_jax.tokenizer import Tokenizer, check_vocab
 
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> None:
     """Checks, then data, then the evaluation."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
-    logging.set_verbosity(logging.INFO)
+    keep_freed_memory()
+    logging.set_verbosity(logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
     config, checkpoint = _CONFIG.value, pathlib.Path(_CHECKPOINT.value).absolute()
     if config.evaluation not in evals.EVALUATIONS:
         raise ValueError(f"evaluation is {config.evaluation!r}; wanted one of {', '.join(sorted(evals.EVALUATIONS))}")
@@ -41,7 +43,9 @@ def main(argv: list[str]) -> None:
 
     prepared = config.data.prepared or out / "data"
     sets = [
-        data.prepare(data.open_corpus(source, field=config.data.field), tokenizer, prepared, skip_short=config.data.skip_short)
+        data.prepare(
+            sources.open_corpus(source, field=config.data.field), tokenizer, prepared, skip_short=config.data.skip_short
+        )
         for source in config.data.sources
     ]
     mixture = data.Mixture([data.Source(documents) for documents in sets], seed=None, repeat=False)

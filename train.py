@@ -12,9 +12,11 @@ import logging
 import pathlib
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from fot_jax import checkpoint, data, run_config, training
+from fot_jax.host import keep_freed_memory
 from fot_jax.tokenizer import Tokenizer, check_vocab
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,7 +29,9 @@ def main(argv: list[str]) -> None:
     """Checks, then data, then training."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
-    log = logging.getLogger("fot_jax")  # absl's own stays at warnings: Orbax tells it two hundred lines a checkpoint
+    keep_freed_memory()
+    absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
+    log = logging.getLogger("fot_jax")
     log.setLevel(logging.INFO)
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
 
@@ -38,6 +42,7 @@ def main(argv: list[str]) -> None:
     log.info("model %s on mesh %s", model, dict(mesh.shape))
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.write_json(workdir / "config.json", config.to_dict())
+    tokenizer.save(workdir / "tokenizer.model")
 
     # 2. Data: tokenised the first time, then opened. Batches are made ahead in a thread.
     prepared = config.data.prepared or workdir / "data"

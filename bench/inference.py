@@ -2,8 +2,9 @@
 
     python bench/inference.py             # 6 layers of width 256, window 512, one row, prompt of 16384 tokens
 
-Prints as its last line JSON with prefill_tokens_per_second, decode_ms (a token), read_once_ms (bytes of weights, filled local
-cache and memory over the read bandwidth measured in the same process) and peak_memory_bytes (of the process, resident).
+Prints as its last line JSON with prefill_tokens_per_second, decode_ms (a token), read_once_ms (bytes of weights,
+filled local cache and memory over the read bandwidth measured in the same process) and peak_memory_bytes (of the
+process, resident).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 from fot_jax import model
 from fot_jax.config import ModelConfig
 from fot_jax.generate import decode, prefill
+from fot_jax.host import keep_freed_memory
 
 CONFIG = ModelConfig(
     vocab_size=4096, d_model=256, d_ff=688, n_layers=6, n_heads=4, window=512, mem_layers=(2, 4), eos_id=None
@@ -30,7 +32,9 @@ CONFIG = ModelConfig(
 
 
 def read_bandwidth(nbytes: int, repeats: int = 15) -> float:
-    """Bytes/s at which all cores together read an array of `nbytes`: the best of several sums by NumPy, a thread a core."""
+    """Bytes/s at which all cores together read an array of `nbytes`: the best of several sums by NumPy, a thread a
+    core.
+    """
     threads = len(os.sched_getaffinity(0))
     parts = np.array_split(np.ones(nbytes // 4, np.float32), threads)
     best = 0.0
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens decoded at a time")
     parser.add_argument("--rounds", type=int, default=7, help="times decoding is measured")
     args = parser.parse_args()
+    keep_freed_memory()
     params = jax.jit(functools.partial(model.init_params, CONFIG))(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (1, args.prompt), dtype=np.int32)
     read = functools.partial(prefill, CONFIG, params, last_context_length=16, room=(args.rounds + 1) * args.new_tokens)
@@ -61,11 +66,11 @@ def main() -> None:
     step = functools.partial(decode, CONFIG, params, max_new_tokens=args.new_tokens)
     out, reader = step(reader, jnp.float32(1), jax.random.key(0))  # compiles
     seconds, bandwidths = [], []
-    weights = sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes  # one row of it is read
+    weights = (
+        sum(x.nbytes for x in jax.tree.leaves(params)) - params["embed"]["embedding"].nbytes
+    )  # one row of it is read
     for _ in range(args.rounds):
-        filled = sum(
-            cache.nbytes * int(cache.length_B[0]) / cache.capacity for cache in (reader.mem, reader.local)
-        )
+        filled = sum(cache.nbytes * int(cache.length_B[0]) / cache.capacity for cache in (reader.mem, reader.local))
         bandwidths.append(read_bandwidth(int(weights + filled)))
         start = time.perf_counter()
         out, reader = jax.block_until_ready(step(reader, jnp.float32(1), jax.random.key(0)))

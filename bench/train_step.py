@@ -3,9 +3,9 @@
     python bench/train_step.py            # 6 layers of width 256, batch 8 x 256, packing 2, range 3, float32, AdamW
     python bench/train_step.py --seconds=60
 
-Prints as its last line JSON with tokens_per_second and share_of_peak: the FLOPs that the mathematics needs (matrix products and
-attention, forward and backward, causal halves counted as halves, contexts as far as they are seen, nothing recomputed) over
-those that a large matrix product reaches on this machine in the same process.
+Prints as its last line JSON with tokens_per_second and share_of_peak: the FLOPs that the mathematics needs (matrix
+products and attention, forward and backward, causal halves counted as halves, contexts as far as they are seen,
+nothing recomputed) over those that a large matrix product reaches on this machine in the same process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from fot_jax import crossbatch, model, run_config, training
 from fot_jax.config import ModelConfig
+from fot_jax.host import keep_freed_memory
 
 CONFIG = ModelConfig(vocab_size=4096, d_model=256, d_ff=688, n_layers=6, n_heads=4, window=256, mem_layers=(2, 4))
 ROWS = 8
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="how long to measure")
     seconds = parser.parse_args().seconds
+    keep_freed_memory()  # as train.py does
     config = run_config.default_config()
     config.optimizer.update(name="adamw", learning_rate=1e-4, weight_decay=0.01)
     optimizer, plan = training.make_optimizer(config), crossbatch.published_plan(ROWS, range_=3, packing=2)
@@ -50,7 +52,7 @@ def main() -> None:
     tokens = rng.integers(3, CONFIG.vocab_size, (1, ROWS, T + 1), dtype=np.int32)
     ones = np.ones((1, ROWS, T), np.int32)
     batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": ones > 0, "segment_ids": ones}
-    options = training.LossOptions(separate="none")
+    options = training.LossOptions(loss_chunk=512, separate="none")
     step = functools.partial(training.train_step, CONFIG, options, optimizer, training.learning_rate(config), plan)
     state = jax.jit(lambda key: training.new_state(model.init_params(CONFIG, key), optimizer))(jax.random.key(0))
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()

@@ -1,14 +1,15 @@
 """Rotary positions, masks, and attention in parts that merge exactly.
 
-Every source of keys and values (local window, cache, memory, other rows of the batch) gives a `Partial`: its softmax average
-and the log of its sum of exponentials. `merge` of partials is the softmax over the union of their keys, exactly: one
-softmax over the local window and memory (arXiv 2307.03170, section 3.1), however the keys are stored.
+Every source of keys and values (local window, cache, memory, other rows of the batch) gives a `Partial`: its softmax
+average and the log of its sum of exponentials. `merge` of partials is the softmax over the union of their keys,
+exactly: one softmax over the local window and memory (arXiv 2307.03170, section 3.1), however the keys are stored.
 
 Arrays are head-major: q_BHTK, k_BGSK, v_BGSK. Query head h reads key/value head h // (H / G).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -67,21 +68,35 @@ def causal_mask(length: int) -> Array:
     return jnp.tril(jnp.ones((1, length, length), bool))
 
 
-def scores(q_BHTK: Array, k_BGSK: Array) -> Array:
-    """Inner products, float32 [B, G, H/G, T, S]."""
+def grouped(q_BHTK: Array, n_kv_heads: int) -> Array:
+    """[B, G, Q, K]: the queries of every key/value head in a row, Q = H / G x T."""
     B, H, T, K = q_BHTK.shape
-    G = k_BGSK.shape[1]
-    if H % G or k_BGSK.shape[-1] != K:
-        raise ValueError(f"queries {q_BHTK.shape} and keys {k_BGSK.shape} do not fit: wanted H a multiple of G, equal K")
-    q_BGRTK = q_BHTK.reshape(B, G, H // G, T, K)
+    if H % n_kv_heads:
+        raise ValueError(f"{H} query heads over {n_kv_heads} key/value heads; wanted a multiple")
+    return q_BHTK.reshape(B, n_kv_heads, H // n_kv_heads * T, K)
+
+
+def scores(q_BGQK: Array, k_BGSK: Array) -> Array:
+    """Inner products, float32 [B, G, Q, S]."""
     # Operands of different dtypes meet in the wider one: what memory stores is what is compared.
-    dtype = jnp.promote_types(q_BHTK.dtype, k_BGSK.dtype)
-    q, k = q_BGRTK.astype(dtype), k_BGSK.astype(dtype)
-    if T == 1:
+    dtype = jnp.promote_types(q_BGQK.dtype, k_BGSK.dtype)
+    q, k = q_BGQK.astype(dtype), k_BGSK.astype(dtype)
+    if q.shape[2] == 1:
         # One query: with the keys as left operand a CPU reads them where they lie, and does not transpose them first.
-        s_BGSR = jnp.einsum("bgsk,bgrk->bgsr", k, q[:, :, :, 0], preferred_element_type=jnp.float32)
-        return jnp.swapaxes(s_BGSR, 2, 3)[:, :, :, None]
-    return jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
+        return _product("bgsk,bgqk->bgsq", k, q).reshape(*q.shape[:3], k.shape[2])
+    return _product("bgqk,bgsk->bgqs", q, k)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _seen(s_BGQS: Array, visible_BTS: Array | None, hidden: float) -> Array:
+    """Scores with `hidden` where a query does not see a key."""
+    if visible_BTS is None:
+        return s_BGQS
+    repeats = s_BGQS.shape[2] // visible_BTS.shape[1] if visible_BTS.shape[1] > 1 else 1
+    return jnp.where(jnp.tile(visible_BTS, (1, repeats, 1))[:, None], s_BGQS, hidden)
 
 
 def attend(q_BHTK: Array, k_BGSK: Array, v_BGSK: Array, visible_BTS: Array | None = None, *, scale: float) -> Partial:
@@ -89,26 +104,31 @@ def attend(q_BHTK: Array, k_BGSK: Array, v_BGSK: Array, visible_BTS: Array | Non
 
     Args:
         q_BHTK: queries.
-        k_BGSK, v_BGSK: keys and values, of any dtype; products are taken in the queries' dtype, sums in float32.
-        visible_BTS: bool, which keys a query sees; a first axis of 1 serves all rows. None: all of them.
+        k_BGSK, v_BGSK: keys and values, of any dtype; products are taken in the wider dtype, sums in float32.
+        visible_BTS: bool, which keys a query sees; axes of 1 serve all rows or queries. None: all of them.
         scale: what scores are multiplied by.
     """
-    s_BGRTS = scores(q_BHTK, k_BGSK) * scale
-    if visible_BTS is not None:
-        s_BGRTS = jnp.where(visible_BTS[:, None, None], s_BGRTS, -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(s_BGRTS, axis=-1, keepdims=True))
-    p_BGRTS = jnp.exp(s_BGRTS - jnp.where(top == -jnp.inf, 0.0, top))
-    total = jnp.sum(p_BGRTS, axis=-1, keepdims=True)
-    o_BGRTK = jnp.einsum(
-        "bgrts,bgsk->bgrtk", p_BGRTS.astype(q_BHTK.dtype), v_BGSK.astype(q_BHTK.dtype), preferred_element_type=jnp.float32
-    )
-    o_BGRTK = o_BGRTK / jnp.where(total == 0.0, 1.0, total)
-    lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
-    return Partial(o_BGRTK.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
+    q_BGQK = grouped(q_BHTK, k_BGSK.shape[1])
+    s_BGQS = _seen(scores(q_BGQK, k_BGSK) * scale, visible_BTS, -jnp.inf)
+    top = jnp.max(s_BGQS, axis=-1, keepdims=True)
+    p_BGQS = _made(jnp.exp(s_BGQS - jnp.where(top == -jnp.inf, 0.0, top)))
+    total = jnp.sum(p_BGQS, axis=-1, keepdims=True)
+    safe = jnp.where(total == 0.0, 1.0, total)
+    dtype = jnp.promote_types(q_BHTK.dtype, v_BGSK.dtype)
+    o_BGQK = _product("bgqs,bgsk->bgqk", p_BGQS.astype(dtype), v_BGSK.astype(dtype)) / safe
+    lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
+    return Partial(o_BGQK.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
+
+
+def _made(x: Array) -> Array:
+    """`x`, computed once: a CPU compiler would rather compute exponentials anew for every reader."""
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
 def merge(*partials: Partial) -> Partial:
-    """The partial over the union of the sources: weights exp(lse_i - lse), lse = log sum exp lse_i. Not for autodiff of kernels."""
+    """The partial over the union of the sources: weights exp(lse_i - lse), lse = log sum exp lse_i."""
+    if len(partials) == 1:
+        return partials[0]
     lse_PBHT = jnp.stack([p.lse_BHT for p in partials])
     top = jnp.max(lse_PBHT, axis=0)
     weight_PBHT = jnp.exp(lse_PBHT - jnp.where(top == -jnp.inf, 0.0, top)[None])
@@ -116,3 +136,67 @@ def merge(*partials: Partial) -> Partial:
     safe = jnp.where(total == 0.0, 1.0, total)
     o = sum(w[..., None] * p.o_BHTK for w, p in zip(weight_PBHT / safe[None], partials, strict=True))
     return Partial(o, jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe)))
+
+
+class Source(NamedTuple):
+    """Keys and values of one source, and who sees them.
+
+    Attributes:
+        k_BGSK, v_BGSK: keys, rotated if they are to be, and values.
+        visible_BTS: bool; axes of 1 serve all rows or queries. None: all is seen.
+    """
+
+    k_BGSK: Array
+    v_BGSK: Array
+    visible_BTS: Array | None = None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention(q_BHTK: Array, sources: tuple[Source, ...], scale: float) -> Array:
+    """One softmax over the keys of all sources, differentiable in queries, keys and values.
+
+    Scores of one source exist at a time, forward and backward: the backward pass computes a source's probabilities
+    again from the *merged* log-sum-exp, which makes its gradients those of the softmax over the union.
+
+    Args:
+        q_BHTK: queries, rotated if they are to be.
+        sources: every query sees a key in at least one of them.
+        scale: what scores are multiplied by.
+
+    Returns:
+        [B, H, T, K] in the queries' dtype.
+    """
+    return _attention_forward(q_BHTK, sources, scale)[0]
+
+
+def _attention_forward(q_BHTK, sources, scale):
+    o, lse = merge(*(attend(q_BHTK, *source, scale=scale) for source in sources))
+    o = o.astype(q_BHTK.dtype)
+    return o, (q_BHTK, sources, o, lse)
+
+
+def _attention_backward(scale, saved, do_BHTK):
+    q_BHTK, sources, o, lse = saved
+    G, dtype = sources[0].k_BGSK.shape[1], q_BHTK.dtype
+    q, do = grouped(q_BHTK, G), grouped(do_BHTK, G)
+    # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o). Scores are [S, Q] here: every product
+    # but that for dq then reads its operands as they lie.
+    lse_BG1Q = lse.reshape(*q.shape[:2], 1, q.shape[2])
+    delta_BG1Q = jnp.sum(do.astype(jnp.float32) * grouped(o, G).astype(jnp.float32), axis=-1)[:, :, None, :]
+    dq, grads = 0.0, []
+    for k, v, visible_BTS in sources:
+        s_BGSQ = _product("bgsk,bgqk->bgsq", k, q) * scale
+        if visible_BTS is not None:
+            repeats = q.shape[2] // visible_BTS.shape[1] if visible_BTS.shape[1] > 1 else 1
+            visible_BSQ = jnp.tile(jnp.swapaxes(visible_BTS, 1, 2), (1, 1, repeats))
+            s_BGSQ = jnp.where(visible_BSQ[:, None], s_BGSQ, -jnp.inf)
+        p = _made(jnp.exp(s_BGSQ - lse_BG1Q))
+        dv = _product("bgsq,bgqk->bgsk", p.astype(dtype), do)
+        ds = _made((p * (_product("bgsk,bgqk->bgsq", v, do) - delta_BG1Q) * scale).astype(dtype))
+        dk = _product("bgsq,bgqk->bgsk", ds, q)
+        dq += jnp.swapaxes(_made(_product("bgsk,bgsq->bgkq", k, ds)), 2, 3)
+        grads.append(Source(dk.astype(k.dtype), dv.astype(v.dtype)))
+    return dq.reshape(q_BHTK.shape).astype(dtype), tuple(grads)
+
+
+attention.defvjp(_attention_forward, _attention_backward)

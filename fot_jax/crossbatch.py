@@ -1,10 +1,12 @@
-"""Crossbatch: in memory layers a row of the batch also attends to whole windows of other rows (arXiv 2307.03170, section 3.2).
+"""Crossbatch: in memory layers a row of the batch also attends to whole windows of other rows (arXiv 2307.03170,
+section 3.2).
 
-Earlier windows of the same document are positives, windows of other documents negatives; all of them, un-rotated and never
-masked causally, share one softmax with the row's own causal window, and gradients reach their keys and values.
+Earlier windows of the same document are positives, windows of other documents negatives; all of them, un-rotated and
+never masked causally, share one softmax with the row's own causal window, and gradients reach their keys and values.
 
-A plan says who reads whom. It is made of row *offsets*, so that it runs as rolls of keys and values along the batch axis (a
-collective permute where rows are sharded) and not as a gather, for which a compiler would bring all keys to every device.
+A plan says who reads whom. It is made of row *offsets*, so that it runs as rolls of keys and values along the batch
+axis (a collective permute where rows are sharded) and not as a gather, for which a compiler would bring all keys to
+every device.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ Array = jax.Array
 class Plan:
     """Which rows' windows a row reads besides its own. Hashable: a static argument of a jitted step.
 
-    The batch is `blocks` blocks of `rows / blocks` rows. Rows of the last block read contexts; where there is only one block,
-    all rows do. Context c of row i of that block is row i + offsets[c] (modulo the block) of block sources[c].
+    The batch is `blocks` blocks of `rows / blocks` rows. Rows of the last block read contexts; where there is only
+    one block, all rows do. Context c of row i of that block is row i + offsets[c] (modulo the block) of block
+    sources[c].
 
     Attributes:
         rows: B.
@@ -87,7 +90,8 @@ def pack_plan(rows: int, seen: tuple[int, ...]) -> Plan:
 def published_plan(rows: int, range_: int, packing: int = 1, stepping: bool = False) -> Plan:
     """The published training code's scheme: row b sees rows b-1 ... b-range_, never below row 0.
 
-    With stepping, row i of a pack of k = packing rows sees min(i ceil((range_+1) / max(k-1, 1)) + 1, range_+1) - 1 preceding
+    With stepping, row i of a pack of k = packing rows sees min(i ceil((range_+1) / max(k-1, 1)) + 1, range_+1) - 1
+    preceding
     rows: none at first, all at last. Packing 1 ignores stepping.
 
     Args:
@@ -121,9 +125,9 @@ def longllama_7b_plan(rows: int) -> Plan:
 def block_plan(rows: int, contexts: int, windows: int = 1) -> Plan:
     """The paper's small models: `windows` blocks of earlier windows (C_prev), then a block of current ones (C_curr).
 
-    Block j holds window j of the same R = rows / (windows + 1) documents. Row i of the last block reads rows i, i+1, ...,
-    i+contexts-1 modulo R of every earlier block: the first is its own document (the positive), the others negatives. Rows of
-    earlier blocks attend locally only.
+    Block j holds window j of the same R = rows / (windows + 1) documents. Row i of the last block reads rows i, i+1,
+    ..., i+contexts-1 modulo R of every earlier block: the first is its own document (the positive), the others
+    negatives. Rows of earlier blocks attend locally only.
 
     Args:
         rows: B, a multiple of windows + 1.
@@ -135,7 +139,9 @@ def block_plan(rows: int, contexts: int, windows: int = 1) -> Plan:
     """
     blocks = windows + 1
     if windows < 1 or rows < 1 or rows % blocks:
-        raise ValueError(f"batch is {rows} rows; wanted a multiple of {blocks} ({windows} earlier windows and the current one)")
+        raise ValueError(
+            f"batch is {rows} rows; wanted a multiple of {blocks} ({windows} earlier windows and the current one)"
+        )
     block_rows = rows // blocks
     if not 1 <= contexts <= block_rows:
         raise ValueError(f"contexts is {contexts}; wanted 1..{block_rows}, the documents in a batch of {rows} rows")
@@ -175,8 +181,8 @@ def crossbatch_attention(
         q_BHTK, k_BGTK, v_BGTK: un-rotated.
         angles: rotation of local queries and keys by position in the window; None where the layer rotates nothing. The
             rotated query meets the contexts' un-rotated keys: memory counts as position 0.
-        segment_ids_BT: int32 [B, T]; local attention stays within a segment, and tokens of segment 0 (padding) are seen by
-            nobody. None: one segment, no padding.
+        segment_ids_BT: int32 [B, T]; local attention stays within a segment, and tokens of segment 0 (padding) are
+            seen by nobody. None: one segment, no padding.
         scale: what scores are multiplied by.
 
     Returns:
@@ -188,43 +194,65 @@ def crossbatch_attention(
     B, _, T, _ = q_BHTK.shape
     if B != plan.rows:
         raise ValueError(f"batch has {B} rows; the crossbatch plan is for {plan.rows}")
-    visible_BTT = local_mask(T, segment_ids_BT)
     rotated = (lambda x: x) if angles is None else (lambda x: attention.rotate(x, angles))
     q, k = rotated(q_BHTK), rotated(k_BGTK)
-    if not plan.n_contexts:
-        return attention.attend(q, k, v_BGTK, visible_BTT, scale=scale).o_BHTK.astype(q.dtype)
-
-    alone = B - plan.block_rows  # rows of earlier blocks, which read no context
-    rows = slice(alone, None)
-    R, C = plan.block_rows, plan.n_contexts
-    context_visible = jnp.asarray(np.repeat(plan.visible[rows], T, axis=1))[:, None, :]
-    if segment_ids_BT is not None:
-        context_visible &= (contexts(plan, segment_ids_BT, axis=1) > 0)[:, None, :]
-    own = visible_BTT if visible_BTT.shape[0] == 1 else visible_BTT[rows]
-    visible = jnp.concatenate([jnp.broadcast_to(own, (R, T, T)), jnp.broadcast_to(context_visible, (R, T, C * T))], axis=2)
-    o = attention.attend(
-        q[rows],
-        jnp.concatenate([k[rows], contexts(plan, k_BGTK)], axis=2),
-        jnp.concatenate([v_BGTK[rows], contexts(plan, v_BGTK)], axis=2),
-        visible,
-        scale=scale,
-    ).o_BHTK
-    if alone:
-        own = visible_BTT if visible_BTT.shape[0] == 1 else visible_BTT[:alone]
-        o = jnp.concatenate([attention.attend(q[:alone], k[:alone], v_BGTK[:alone], own, scale=scale).o_BHTK, o])
-    return o.astype(q.dtype)
+    alone = B - plan.block_rows if plan.n_contexts else B  # rows that read no context: those of earlier blocks
+    out = []
+    for rows, read in (
+        (slice(0, alone), ()),
+        (slice(alone, B), _context_sources(plan, k_BGTK, v_BGTK, segment_ids_BT)),
+    ):
+        if rows.start == rows.stop:
+            continue
+        segments = None if segment_ids_BT is None else segment_ids_BT[rows]
+        # Of the causal triangle, the first half of the queries needs only the first half of the keys.
+        halves = ((0, T // 2), (T // 2, T)) if T % 2 == 0 and T >= 32 else ((0, T),)
+        parts = []
+        for start, stop in halves:
+            own = attention.Source(k[rows, :, :stop], v_BGTK[rows, :, :stop], local_mask(start, stop, segments))
+            parts.append(attention.attention(q[rows, :, start:stop], (own, *read), scale))
+        out.append(jnp.concatenate(parts, axis=2))
+    return jnp.concatenate(out, axis=0)
 
 
-def local_mask(length: int, segment_ids_BT: Array | None) -> Array:
-    """bool [B or 1, T, T]: causal, and within a segment where segments are given. Padding sees only itself."""
-    causal = attention.causal_mask(length)
+# Contexts are read together as one source up to so many keys: enough for efficient matrix products, few enough for
+# scores to stay in a CPU's cache (the concatenation of three contexts of 256 was five times slower).
+_SOURCE_KEYS = 256
+
+
+def _context_sources(
+    plan: Plan, k_BGTK: Array, v_BGTK: Array, segment_ids_BT: Array | None
+) -> tuple[attention.Source, ...]:
+    """The contexts of the reading rows, un-rotated, a few to a source."""
+    T, C = k_BGTK.shape[2], plan.n_contexts
+    size = max(1, _SOURCE_KEYS // T)
+    seen = plan.visible[plan.rows - plan.block_rows :]
+    sources = []
+    for first in range(0, C, size):
+        some = dataclasses.replace(
+            plan, sources=plan.sources[first : first + size], offsets=plan.offsets[first : first + size]
+        )
+        visible = None
+        if segment_ids_BT is not None or not seen[:, first : first + size].all():
+            visible = jnp.asarray(np.repeat(seen[:, first : first + size], T, axis=1))
+            if segment_ids_BT is not None:
+                visible &= contexts(some, segment_ids_BT, axis=1) > 0
+            visible = visible[:, None, :]
+        sources.append(attention.Source(contexts(some, k_BGTK), contexts(some, v_BGTK), visible))
+    return tuple(sources)
+
+
+def local_mask(start: int, stop: int, segment_ids_BT: Array | None) -> Array:
+    """bool [B or 1, stop - start, stop]: which keys 0..stop-1 of its window queries start..stop-1 see.
+
+    Causal, and within a segment where segments are given. Padding sees only padding.
+    """
+    causal = jnp.asarray(np.tri(stop, dtype=bool)[None, start:stop])
     if segment_ids_BT is None:
         return causal
-    same = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    return causal & same
+    return causal & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, :stop])
 
 
 def loss_rows(plan: Plan, loss_on_previous: bool) -> np.ndarray:
     """bool [B], the rows whose predictions count: all, or those of the last block only."""
     return np.full(plan.rows, True) if loss_on_previous else np.arange(plan.rows) >= plan.rows - plan.block_rows
-

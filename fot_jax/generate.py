@@ -1,7 +1,8 @@
 """Inputs of any length: windowed prefill, and generation that spills the open window into memory.
 
-A prompt of n tokens with `last_context_length` c: its first max(n - c, 0) tokens go through the model in windows of W, each
-window's keys and values entering memory after it; the last c tokens are the open window, to which generation appends.
+A prompt of n tokens with `last_context_length` c: its first max(n - c, 0) tokens go through the model in windows of
+W, each window's keys and values entering memory after it; the last c tokens are the open window, to which generation
+appends.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def _check_tokens(config: ModelConfig, tokens_BT: Any, last_context_length: int 
     """(tokens int32 [B, T], mask bool [B, T], c), or an error that names what is wrong."""
     tokens_BT = np.asarray(tokens_BT)
     if tokens_BT.ndim != 2 or not np.issubdtype(tokens_BT.dtype, np.integer) or not tokens_BT.size:
-        raise ValueError(f"tokens have shape {tokens_BT.shape}, dtype {tokens_BT.dtype}; wanted integers [B, T], none of them empty")
+        raise ValueError(
+            f"tokens have shape {tokens_BT.shape}, dtype {tokens_BT.dtype}; wanted integers [B, T], none of them empty"
+        )
     if tokens_BT.min() < 0 or tokens_BT.max() >= config.vocab_size:
         worst = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
         raise ValueError(f"token {worst} is outside the model's vocabulary of {config.vocab_size}")
@@ -44,8 +47,12 @@ def _memory_layers(config: ModelConfig, arrays: tuple[Array, ...]) -> tuple[Arra
     return tuple(arrays[layer] for layer in config.mem_layers)
 
 
-def remember(config: ModelConfig, mem: memories.Cache, keys: tuple, values: tuple, valid_BT: Array | None) -> memories.Cache:
-    """Memory with a window's keys and values (one array for each of the model's layers) behind what it holds; padding is left out."""
+def remember(
+    config: ModelConfig, mem: memories.Cache, keys: tuple, values: tuple, valid_BT: Array | None
+) -> memories.Cache:
+    """Memory with a window's keys and values (one array for each of the model's layers) behind what it holds;
+    padding is left out.
+    """
     keys, values = _memory_layers(config, keys), _memory_layers(config, values)
     if valid_BT is None:
         return memories.append(mem, keys, values)
@@ -53,7 +60,6 @@ def remember(config: ModelConfig, mem: memories.Cache, keys: tuple, values: tupl
     return memories.append(mem, both[: len(keys)], both[len(keys) :], jnp.sum(valid_BT, axis=1, dtype=jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "reading", "with_logits"), donate_argnames=("mem",))
 def prefill_window(
     config: ModelConfig,
     params: Any,
@@ -61,7 +67,7 @@ def prefill_window(
     valid_BT: Array,
     mem: memories.Cache,
     *,
-    reading: memories.Reading = memories.Reading(),
+    reading: memories.Reading = memories.DENSE,
     with_logits: bool = False,
 ) -> tuple[memories.Cache, Array | None]:
     """One whole window through the model and into memory.
@@ -69,7 +75,7 @@ def prefill_window(
     Args:
         tokens_BT: int32 [B, W].
         valid_BT: bool; padding is seen by nobody and does not enter memory.
-        mem: donated.
+        mem: see `init_memory`.
         reading: how memory is read.
         with_logits: whether to compute logits.
 
@@ -79,6 +85,12 @@ def prefill_window(
     hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
     out = model.logits(config, params, hidden) if with_logits else None
     return remember(config, mem, keys, values, valid_BT), out
+
+
+# In place where nobody needs the memory before; differentiation does.
+_STATIC = ("config", "reading", "with_logits")
+_prefill_in_place = jax.jit(prefill_window, static_argnames=_STATIC, donate_argnames=("mem",))
+_prefill_kept = jax.jit(prefill_window, static_argnames=_STATIC)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "reading"))
@@ -123,7 +135,7 @@ def long_forward(
         size = columns.stop - columns.start
         pad = ((0, 0), (0, W - size))
         window = np.pad(tokens_BT[:, columns], pad), np.pad(mask_BT[:, columns], pad)
-        mem, logits = prefill_window(config, params, *window, mem, reading=reading, with_logits=True)
+        mem, logits = _prefill_kept(config, params, *window, mem, reading=reading, with_logits=True)
         out.append(logits[:, :size])
     out.append(_open_window_logits(config, params, tokens_BT[:, prefix:], mask_BT[:, prefix:], mem, reading=reading))
     return jnp.concatenate(out, axis=1)
@@ -190,7 +202,9 @@ def prefill(
     prefix_B = np.maximum(length_B - c, 0)
     for start in range(0, prefix_B.max(), W):
         window = _columns(tokens_BT, np.full(B, start), W)
-        mem, _ = prefill_window(config, params, window, start + np.arange(W) < prefix_B[:, None], mem, reading=reading)
+        mem, _ = _prefill_in_place(
+            config, params, window, start + np.arange(W) < prefix_B[:, None], mem, reading=reading
+        )
     opened = _columns(tokens_BT, prefix_B, min(c, tokens_BT.shape[1]))
     return _open(config, params, opened, (length_B - prefix_B).astype(np.int32), mem, reading=reading)
 
@@ -246,7 +260,7 @@ def decode(
     max_new_tokens: int,
     sample: bool = False,
     spill: str = "block",
-    reading: memories.Reading = memories.Reading(),
+    reading: memories.Reading = memories.DENSE,
 ) -> tuple[Array, Reader]:
     """New tokens, one after another, and what has been read then; one compiled loop.
 
@@ -277,7 +291,9 @@ def decode(
         ended_B = reader.ended_B if config.eos_id is None else reader.ended_B | (token_B == config.eos_id)
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
         local, mem = make_room(config, reader.local, reader.mem, spill)
-        hidden, keys, values = model.read_window(config, params, token_B[:, None], mem=mem, local=local, reading=reading)
+        hidden, keys, values = model.read_window(
+            config, params, token_B[:, None], mem=mem, local=local, reading=reading
+        )
         local = memories.append(local, keys, values)
         reader = Reader(model.logits(config, params, hidden)[:, 0], ended_B, local, mem)
         return step + 1, out_BN, key, reader
@@ -312,15 +328,17 @@ def generate(
         temperature: 0 takes the likeliest token; else one is drawn from softmax(logits / temperature).
         last_context_length: c, tokens of the prompt left in the open window, 1..W; the config's by default.
         attention_mask: [B, T], 0 or False for padding.
-        spill: what happens when the open window is full. "block": all of it enters memory and the next token starts a window
-            (the published code). "sliding": the oldest eighth enters memory, so that the other layers keep seeing most of W.
+        spill: what happens when the open window is full. "block": all of it enters memory and the next token starts
+            a window (the published code). "sliding": the oldest eighth enters memory, so that the other layers keep
+            seeing most of W.
         memory: "dense" or "topk".
         k: slots a query retrieves, for "topk".
         key: random key, needed when temperature > 0.
         memory_capacity: slots of memory to allocate; what the prompt and N new tokens can need, by default.
 
     Returns:
-        int32 [B, N]: new tokens only. After `config.eos_id` a row is filled with `config.pad_id`; without an eos it never stops.
+        int32 [B, N]: new tokens only. After `config.eos_id` a row is filled with `config.pad_id`; without an eos it
+        never stops.
 
     Raises:
         ValueError: input that does not fit; prompt and new tokens beyond `memory_capacity`.
@@ -330,7 +348,9 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
     if temperature < 0 or (temperature > 0 and key is None):
-        raise ValueError(f"temperature is {temperature} and key {key}; wanted temperature >= 0, and a key where it is above 0")
+        raise ValueError(
+            f"temperature is {temperature} and key {key}; wanted temperature >= 0, and a key where it is above 0"
+        )
     reader = prefill(
         config, params, tokens_BT, last_context_length, attention_mask, memory, k, max_new_tokens, memory_capacity
     )

@@ -1,8 +1,9 @@
 """Caches as pytrees of fixed capacity, and the two ways of reading memory: dense, and exact top-k.
 
-Memory is what a memory layer keeps of everything before the open window: un-rotated keys, and values, both [B, G, M, K], of
-which the first `length_B[b]` slots of row b are filled, oldest first. Local caches hold un-rotated keys too, so that spilling a
-window into memory is a copy. Nothing here is mutable and no slot holds a sentinel: what is filled is said by lengths alone.
+Memory is what a memory layer keeps of everything before the open window: un-rotated keys, and values, both [B, G, M,
+K], of which the first `length_B[b]` slots of row b are filled, oldest first. Local caches hold un-rotated keys too,
+so that spilling a window into memory is a copy. Nothing here is mutable and no slot holds a sentinel: what is filled
+is said by lengths alone.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ def _write(buffer_GMK: Array, new_GTK: Array, start: Array, count: Array) -> Arr
     shift = start - first
     old = jax.lax.dynamic_slice_in_dim(buffer_GMK, first, T, axis=1)
     t = jnp.arange(T)[None, :, None]
-    mixed = jnp.where((t >= shift) & (t < shift + count), jnp.roll(new_GTK.astype(buffer_GMK.dtype), shift, axis=1), old)
+    mixed = jnp.where(
+        (t >= shift) & (t < shift + count), jnp.roll(new_GTK.astype(buffer_GMK.dtype), shift, axis=1), old
+    )
     return jax.lax.dynamic_update_slice_in_dim(buffer_GMK, mixed, first, axis=1)
 
 
@@ -95,7 +98,9 @@ def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B
         ValueError: layers or lengths that do not fit.
     """
     if len(keys) != len(cache.keys) or len(values) != len(cache.values):
-        raise ValueError(f"cache has {len(cache.keys)} layers; wanted as many keys and values, found {len(keys)}, {len(values)}")
+        raise ValueError(
+            f"cache has {len(cache.keys)} layers; wanted as many keys and values, found {len(keys)}, {len(values)}"
+        )
     if not keys:
         return cache
     T = keys[0].shape[2]
@@ -104,15 +109,15 @@ def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B
     if count_B is None:
         count_B = jnp.full_like(cache.length_B, T)
     write = jax.vmap(_write)
-    each = lambda buffers, news: tuple(
-        write(b, n, cache.length_B, count_B) for b, n in zip(buffers, news, strict=True)
-    )
+    each = lambda buffers, news: tuple(write(b, n, cache.length_B, count_B) for b, n in zip(buffers, news, strict=True))
     length_B = jnp.minimum(cache.length_B + count_B, cache.capacity)
     return Cache(each(cache.keys, keys), each(cache.values, values), length_B)
 
 
 def evict_oldest(cache: Cache, count_B: Array) -> Cache:
-    """The cache without the `count_B[b]` oldest tokens of each row; the others move up, so that slot 0 is the oldest again."""
+    """The cache without the `count_B[b]` oldest tokens of each row; the others move up, so that slot 0 is the oldest
+    again.
+    """
     count_B = jnp.minimum(count_B, cache.length_B)
     shift = jax.vmap(lambda x_GMK, count: jnp.roll(x_GMK, -count, axis=1))
     each = lambda buffers: tuple(shift(b, count_B) for b in buffers)
@@ -153,7 +158,12 @@ class Reading:
             raise ValueError(f"k is {self.k}; wanted at least 1")
 
 
-def read(reading: Reading, q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, scale: float) -> attention.Partial:
+DENSE = Reading()
+
+
+def read(
+    reading: Reading, q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, scale: float
+) -> attention.Partial:
     """Attention over memory as a partial, to be merged with the local window's."""
     if reading.kind == "dense":
         return dense(q_BHTK, k_BGMK, v_BGMK, length_B, scale=scale, score_bytes=reading.score_bytes)
@@ -164,7 +174,7 @@ def read(reading: Reading, q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B
 def _blocks(queries: int, slots: int, rows: int, score_bytes: int) -> tuple[int, int]:
     """Sizes of query and key blocks for which `rows` x queries x slots float32 scores stay within the budget.
 
-    A key block is kept at least 4 SUB_BLOCKs wide, then queries are split, so that matrix products stay large.
+    Key blocks get no smaller than 1024 slots, or matrix products would be; queries are split instead, down to one.
     """
     budget = max(score_bytes // (4 * rows), 1)
     slot_block = min(slots, max(budget // queries, min(slots, 1024)))
@@ -183,7 +193,8 @@ def _over_query_blocks(read_block: Callable[[Array], Any], q_BHTK: Array, size: 
 
 
 def _slot_blocks(length_B: Array, slots: int, size: int) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """How many blocks of `size` slots are filled in any row, and for block i its first slot and which of its slots count, [B, size].
+    """How many blocks of `size` slots are filled in any row, and for block i its first slot and which of its slots
+    count, [B, size].
 
     The last block is moved back to end with the memory; slots it shares with the one before do not count twice.
     """
@@ -200,7 +211,8 @@ def _slot_blocks(length_B: Array, slots: int, size: int) -> tuple[Array, Callabl
 def dense(
     q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, scale: float, score_bytes: int = SCORE_BYTES
 ) -> attention.Partial:
-    """Attention over all filled slots, streamed over blocks of slots and of queries; cost follows the fill, not the capacity.
+    """Attention over all filled slots, streamed over blocks of slots and of queries; cost follows the fill, not the
+    capacity.
 
     Args:
         q_BHTK: queries, rotated by their position in the window.
@@ -223,7 +235,9 @@ def dense(
         def step(i: Array, so_far: attention.Partial) -> attention.Partial:
             first, counts = block(i)
             take = lambda x: x if slot_block == M else jax.lax.dynamic_slice_in_dim(x, first, slot_block, axis=2)
-            return attention.merge(so_far, attention.attend(q, take(k_BGMK), take(v_BGMK), counts[:, None, :], scale=scale))
+            return attention.merge(
+                so_far, attention.attend(q, take(k_BGMK), take(v_BGMK), counts[:, None, :], scale=scale)
+            )
 
         nothing = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
         if slot_block == M:
@@ -236,9 +250,9 @@ def dense(
 def _best(s: Array, k: int) -> tuple[Array, Array]:
     """`lax.top_k` of the last axis by block maxima: the same values and indices, ties to the lowest index.
 
-    The k best lie within the k sub-blocks of greatest maxima: any other sub-block has k elements before it that are greater,
-    or equal and of lower index. The chosen sub-blocks are put in order before the second selection, or a tie would go to
-    whichever sub-block has the greater maximum.
+    The k best lie within the k sub-blocks of greatest maxima: any other sub-block has k elements before it that are
+    greater, or equal and of lower index. The chosen sub-blocks are put in order before the second selection, or a
+    tie would go to whichever sub-block has the greater maximum.
     """
     S = s.shape[-1]
     n = -(-S // SUB_BLOCK)
@@ -253,19 +267,28 @@ def _best(s: Array, k: int) -> tuple[Array, Array]:
 
 
 def topk(
-    q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, k: int, scale: float, score_bytes: int = SCORE_BYTES
+    q_BHTK: Array,
+    k_BGMK: Array,
+    v_BGMK: Array,
+    length_B: Array,
+    *,
+    k: int,
+    scale: float,
+    score_bytes: int = SCORE_BYTES,
 ) -> tuple[attention.Partial, Array, Array]:
-    """Attention of each query of each head over its k best filled slots by inner product, exactly (DESIGN: section 3.3 of the paper).
+    """Attention of each query of each head over its k best filled slots by inner product, exactly (arXiv 2307.03170,
+    section 3.1).
 
-    Blocks of slots are scored one after another, with the k best so far carried along; never are all scores held. Selection
-    is by the unscaled inner product, ties go to the lowest slot.
+    Blocks of slots are scored one after another, with the k best so far carried along; never are all scores held.
+    Selection is by the unscaled inner product, ties go to the lowest slot.
 
     Args:
         q_BHTK, k_BGMK, v_BGMK, length_B, scale, score_bytes: as for `dense`.
         k: slots to retrieve, at least 1; may exceed what is filled.
 
     Returns:
-        The partial; slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32, unscaled,
+        The partial; slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32,
+        unscaled,
         -inf there.
     """
     B, H, T, K = q_BHTK.shape
@@ -277,12 +300,13 @@ def topk(
     n_blocks, block = _slot_blocks(length_B, M, slot_block)
 
     def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
-        shape = (B, G, H // G, q.shape[2], N)
+        q_BGQK = attention.grouped(q, G)
+        shape = (*q_BGQK.shape[:3], N)
 
         def step(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
             first, counts = block(i)
             keys = k_BGMK if slot_block == M else jax.lax.dynamic_slice_in_dim(k_BGMK, first, slot_block, axis=2)
-            s = jnp.where(counts[:, None, None, None, :], attention.scores(q, keys), -jnp.inf)
+            s = jnp.where(counts[:, None, None, :], attention.scores(q_BGQK, keys), -jnp.inf)
             best, index = _best(s, min(N, slot_block))
             # So far comes first: among equals the earlier, lower slot wins.
             joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], first + index], axis=-1)
@@ -295,12 +319,12 @@ def topk(
         top = jnp.max(s * scale, axis=-1, keepdims=True, initial=-jnp.inf)
         p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
         total = jnp.sum(p, axis=-1, keepdims=True)
-        gather = jax.vmap(jax.vmap(lambda v_MK, slots_RTN: v_MK[slots_RTN]))
-        v_BGRTNK = gather(v_BGMK, jnp.maximum(slots, 0)).astype(q.dtype)
+        gather = jax.vmap(jax.vmap(lambda v_MK, slots_QN: v_MK[slots_QN]))
+        v_BGQNK = gather(v_BGMK, jnp.maximum(slots, 0)).astype(q.dtype)
         weights = jnp.where(filled, p / jnp.where(total == 0.0, 1.0, total), 0.0)
-        o = jnp.einsum("bgrtn,bgrtnk->bgrtk", weights.astype(q.dtype), v_BGRTNK, preferred_element_type=jnp.float32)
+        o = jnp.einsum("bgqn,bgqnk->bgqk", weights.astype(q.dtype), v_BGQNK, preferred_element_type=jnp.float32)
         lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
-        heads = lambda x: x.reshape(B, H, *x.shape[3:])
+        heads = lambda x: x.reshape(B, H, q.shape[2], *x.shape[3:])
         return attention.Partial(heads(o), heads(lse[..., 0])), heads(jnp.where(filled, slots, -1)), heads(s)
 
     if not N:
@@ -344,8 +368,8 @@ def topk_attention(
     B, M, G, K = k_BMGK.shape
     if v_BMGK.shape[:3] != (B, M, G) or q_BTHK.shape[0] != B or q_BTHK.shape[3] != K or q_BTHK.shape[2] % G:
         raise ValueError(
-            f"queries {q_BTHK.shape}, keys {k_BMGK.shape} and values {v_BMGK.shape} do not fit: wanted [B, T, H, K] and twice "
-            "[B, M, G, K] with H a multiple of G"
+            f"queries {q_BTHK.shape}, keys {k_BMGK.shape} and values {v_BMGK.shape} do not fit: wanted [B, T, H, K] and "
+            "twice [B, M, G, K] with H a multiple of G"
         )
     if length_B.shape != (B,):
         raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")

@@ -7,8 +7,9 @@ Parameters are stacked by segment (`ModelConfig.segments`) so that layers of one
     segment_i/memory  a block, stacked [repeats, ...]             (the memory layers)
     norm/scale [D], head/kernel [D, V]                            (no head where embeddings are tied)
 
-A block is the same in every layer; what differs is the attention function handed to it. In training (`forward`) that is the
-causal window or a crossbatch plan, in inference (`read_window`) the window, its cache and memory, merged into one softmax.
+A block is the same in every layer; what differs is the attention function handed to it. In training (`forward`) that
+is the causal window or a crossbatch plan, in inference (`read_window`) the window, its cache and memory, merged into
+one softmax.
 """
 
 from __future__ import annotations
@@ -52,20 +53,28 @@ def unit_norm(x_BHTK: Array) -> Array:
 
 def swiglu(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
     """(silu(x gate) * x up) down (arXiv 2002.05202)."""
-    hidden_BTF = jax.nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)
-    return constrain(hidden_BTF, "batch", "time", "mlp") @ down_FD
+    hidden_BTF = jax.nn.silu(dense(x_BTD, gate_DF)) * dense(x_BTD, up_DF)
+    return dense(constrain(hidden_BTF, "batch", "time", "mlp"), down_FD)
+
+
+def dense(x_BTD: Array, w_DF: Array, dtype: Any = None) -> Array:
+    """x w, [B, T, F], as one product of matrices: a weight's gradient that sums over B and T apart is slow on a CPU."""
+    B, T, D = x_BTD.shape
+    return jnp.matmul(x_BTD.reshape(B * T, D), w_DF, preferred_element_type=dtype).reshape(B, T, w_DF.shape[-1])
 
 
 def to_heads(x_BTD: Array, w_DHK: Array) -> Array:
-    """[B, H, T, K]. One plain matrix product, then activations change places: written as one einsum, a CPU transposes weights."""
+    """[B, H, T, K]. One plain matrix product, then activations change places: written as one einsum, a CPU
+    transposes weights.
+    """
     D, H, K = w_DHK.shape
-    return jnp.swapaxes((x_BTD @ w_DHK.reshape(D, H * K)).reshape(*x_BTD.shape[:2], H, K), 1, 2)
+    return jnp.swapaxes(dense(x_BTD, w_DHK.reshape(D, H * K)).reshape(*x_BTD.shape[:2], H, K), 1, 2)
 
 
 def from_heads(o_BHTK: Array, w_HKD: Array) -> Array:
     """[B, T, D], the other way."""
     B, H, T, K = o_BHTK.shape
-    return jnp.swapaxes(o_BHTK, 1, 2).reshape(B, T, H * K) @ w_HKD.reshape(H * K, w_HKD.shape[-1])
+    return dense(jnp.swapaxes(o_BHTK, 1, 2).reshape(B, T, H * K), w_HKD.reshape(H * K, w_HKD.shape[-1]))
 
 
 def score_scale(config: ModelConfig) -> float:
@@ -85,7 +94,9 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections round an attention function. Queries and keys reach it un-rotated, head-major; keys and values are returned."""
+    """Projections round an attention function. Queries and keys reach it un-rotated, head-major; keys and values are
+    returned.
+    """
 
     config: ModelConfig
 
@@ -97,7 +108,8 @@ class Attention(nn.Module):
         k_BGTK = to_heads(x_BTD, weight("k", (c.d_model, c.n_kv_heads, c.head_size)))
         v_BGTK = to_heads(x_BTD, weight("v", (c.d_model, c.n_kv_heads, c.head_size)))
         if c.qk_norm:
-            start = nn.initializers.constant(c.head_size**0.5)
+            # Inner products of random unit vectors have a deviation of K ** -0.5: scores start with one of 2.
+            start = nn.initializers.constant(2 * c.head_size**0.5)
             temperature_H = self.param("temperature", start, (c.n_heads,), c.dtypes.params)
             q_BHTK = (unit_norm(q_BHTK) * temperature_H[None, :, None, None]).astype(x_BTD.dtype)
             k_BGTK = unit_norm(k_BGTK)
@@ -125,7 +137,9 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)). Returns x and the layer's un-rotated keys and values."""
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)). Returns x and the layer's un-rotated keys
+    and values.
+    """
 
     config: ModelConfig
 
@@ -139,9 +153,20 @@ class Block(nn.Module):
 
 
 def _weights(module: nn.Module, config: ModelConfig, dtype: Any) -> Callable[[str, tuple[int, ...]], Array]:
-    """Declares a module's matrices: normal initial values, stored in the parameters' dtype, used in that of activations."""
-    init = nn.initializers.normal(config.init_std)
-    return lambda name, shape: module.param(name, init, shape, config.dtypes.params).astype(dtype)
+    """Declares a module's matrices: normal initial values, stored in the parameters' dtype, used in that of
+    activations.
+    """
+    # What 2 L layers add to the residual stream should not grow with their number.
+    deviation = {
+        "o": config.init_std / (2 * config.n_layers) ** 0.5,
+        "down": config.init_std / (2 * config.n_layers) ** 0.5,
+    }
+
+    def weight(name: str, shape: tuple[int, ...]) -> Array:
+        init = nn.initializers.normal(deviation.get(name, config.init_std))
+        return module.param(name, init, shape, config.dtypes.params).astype(dtype)
+
+    return weight
 
 
 class LongLlama(nn.Module):
@@ -157,12 +182,18 @@ class LongLlama(nn.Module):
         """Logits, float32 [B, T, V]; options as for `forward`."""
         c = self.config
         normal = nn.initializers.normal(c.init_std)
-        params = {"embed": self.param("embed", lambda key: {"embedding": normal(key, (c.vocab_size, c.d_model), c.dtypes.params)})}
+        params = {
+            "embed": self.param(
+                "embed", lambda key: {"embedding": normal(key, (c.vocab_size, c.d_model), c.dtypes.params)}
+            )
+        }
         for i, segment in enumerate(c.segments):
             params[f"segment_{i}"] = self.param(f"segment_{i}", _init_segment, c, segment)
         params["norm"] = self.param("norm", lambda key: {"scale": jnp.ones((c.d_model,), c.dtypes.params)})
         if not c.tie_embeddings:
-            params["head"] = self.param("head", lambda key: {"kernel": normal(key, (c.d_model, c.vocab_size), c.dtypes.params)})
+            params["head"] = self.param(
+                "head", lambda key: {"kernel": normal(key, (c.d_model, c.vocab_size), c.dtypes.params)}
+            )
         return logits(c, params, forward(c, params, tokens_BT, **options))
 
 
@@ -183,7 +214,8 @@ def _init_segment(key: Array, config: ModelConfig, segment: Any) -> Params:
 
 
 def init_params(config: ModelConfig, key: Array) -> Params:
-    """Initial parameters: matrices normal with `init_std`, scales 1, temperatures K ** 0.5."""
+    """Initial parameters: matrices normal with `init_std`, those that write to the residual stream with
+    init_std / sqrt(2 L); scales 1; temperatures 2 sqrt(K)."""
     return LongLlama(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
 
@@ -204,8 +236,7 @@ def logits(config: ModelConfig, params: Params, hidden_BTD: Array) -> Array:
         head_DV = params["embed"]["embedding"].T
     else:
         head_DV = params["head"]["kernel"]
-    dtype = hidden_BTD.dtype
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(dtype), preferred_element_type=jnp.float32)
+    return dense(hidden_BTD, head_DV.astype(hidden_BTD.dtype), jnp.float32)
 
 
 def forward(
@@ -295,9 +326,10 @@ def read_window(
     mem: memory.Cache,
     local: memory.Cache | None = None,
     valid_BT: Array | None = None,
-    reading: memory.Reading = memory.Reading(),
+    reading: memory.Reading = memory.DENSE,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """The model over tokens that follow what `local` holds of the open window, with `mem` before it. Caches are only read.
+    """The model over tokens that follow what `local` holds of the open window, with `mem` before it. Caches are only
+    read.
 
     Args:
         tokens_BT: int32, the next T tokens of each row's window.

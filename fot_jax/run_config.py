@@ -1,21 +1,22 @@
-"""The configuration of a run: every key with its default, its checks, and what it means for model, batch and data."""
+"""The configuration of a run: every key with its default, its checks, and what it means: model, optimizer, batch, data."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict, config_dict
 
-from fot_jax import checkpoint, crossbatch, data
+from fot_jax import checkpoint, crossbatch, data, sources
 from fot_jax.config import DtypePolicy, ModelConfig, named, read_hf
 from fot_jax.formats import hf
-from fot_jax.model import layers
 from fot_jax.tokenizer import Tokenizer
 
 
@@ -60,7 +61,7 @@ def default_config() -> ConfigDict:
                 switch_accuracy=0.98,  # share of right tokens that a step must reach for the second of two contexts
             ),
             optimizer=dict(
-                name="adamw",  # adamw, adafactor or lion
+                name="adamw",  # adamw, adafactor, lion or muon
                 learning_rate=1e-3,
                 schedule="constant",  # constant, cosine or inverse_sqrt
                 warmup_steps=0,
@@ -71,10 +72,11 @@ def default_config() -> ConfigDict:
                 weight_decay=0.0,  # of matrices, times the learning rate; never of norms and temperatures
                 decay_embeddings=False,
                 clip_norm=1.0,  # of the whole gradient; 0: none
+                muon_rate=4.0,  # muon: learning rate of the blocks' matrices, in learning_rates
             ),
             mesh=dict(data=0, fsdp=1, tensor=1),  # data 0: the devices that the others leave
             data=dict(
-                train=(),  # sources, each as data.open_corpus takes it: a file, a folder, python:train, tfds:NAME:SPLIT
+                train=(),  # sources, as sources.open_corpus takes them: file, folder, python:train, tfds:NAME:SPLIT
                 weights=(),  # of the training sources' documents; none: equal
                 min_tokens=(),  # shortest document taken of each training source; none: no limit
                 validation=(),  # held-out sources
@@ -96,7 +98,7 @@ _CHOICES = {
     "batch.separate": ("none", "padding", "documents"),
     "crossbatch.kind": ("none", "published", "longllama_3b", "longllama_7b", "blocks"),
     "crossbatch.schedule": ("constant", "switch_step", "switch_accuracy", "draw"),
-    "optimizer.name": ("adamw", "adafactor", "lion"),
+    "optimizer.name": ("adamw", "adafactor", "lion", "muon"),
     "optimizer.schedule": ("constant", "cosine", "inverse_sqrt"),
 }
 
@@ -185,20 +187,94 @@ def starting_params(path: str | os.PathLike, wanted: ModelConfig, abstract: Any)
         params = hf.read_params(path, found)
     params = jax.tree.map(lambda x: np.asarray(x).astype(wanted.dtypes.params), params)
     if found.segments != wanted.segments and found.n_layers == wanted.n_layers:
-        blocks = layers(found, params)
-        params = {key: value for key, value in params.items() if not key.startswith("segment_")}
-        for i, segment in enumerate(wanted.segments):
-            size = segment.plain + segment.memory
-            groups = [[blocks.pop(0) for _ in range(size)] for _ in range(segment.repeats)]
-            stacks = {"plain": [_stack(group[: segment.plain]) for group in groups]} if segment.plain else {}
-            stacks |= {"memory": [group[-1] for group in groups]} if segment.memory else {}
-            params[f"segment_{i}"] = {kind: _stack(trees) for kind, trees in stacks.items()}
+        params = _restack(found, params, wanted)
     checkpoint.check_shapes(path, "params", params, abstract)
     return params
 
 
-def _stack(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+def _restack(found: ModelConfig, params: Any, wanted: ModelConfig) -> Any:
+    parts = []
+    for i, segment in enumerate(found.segments):
+        stacks = params[f"segment_{i}"]
+        groups = [stacks["plain"]] if segment.plain else []
+        groups += [jax.tree.map(lambda x: x[:, None], stacks["memory"])] if segment.memory else []
+        parts.append(jax.tree.map(lambda *x: np.concatenate(x, axis=1).reshape(-1, *x[0].shape[2:]), *groups))
+    layers = jax.tree.map(lambda *x: np.concatenate(x), *parts)  # [L, ...]
+    out = {key: value for key, value in params.items() if not key.startswith("segment_")}
+    start = 0
+    for i, segment in enumerate(wanted.segments):
+        cut = slice(start, start + segment.n_layers)
+        shape = (segment.repeats, segment.plain + segment.memory)
+        group = jax.tree.map(lambda x, cut=cut, shape=shape: x[cut].reshape(*shape, *x.shape[1:]), layers)
+        out[f"segment_{i}"] = {}
+        if segment.plain:
+            out[f"segment_{i}"]["plain"] = jax.tree.map(lambda x, n=segment.plain: x[:, :n], group)
+        if segment.memory:
+            out[f"segment_{i}"]["memory"] = jax.tree.map(lambda x: x[:, -1], group)
+        start = cut.stop
+    return out
+
+
+def learning_rate(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """Learning rate of an update, from the number of updates before it: linear warm-up, then the schedule."""
+    c, warm = config.optimizer, max(config.optimizer.warmup_steps, 1)
+
+    def at(count: jax.Array) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32) + 1
+        done = jnp.clip((step - c.warmup_steps) / max(config.steps - c.warmup_steps, 1), 0, 1)
+        shape = {
+            "constant": jnp.ones_like(step),
+            "cosine": c.final_share + (1 - c.final_share) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "inverse_sqrt": jnp.sqrt(warm / jnp.maximum(step, warm)),
+        }[c.schedule]
+        return c.learning_rate * jnp.minimum(step / warm, 1) * shape
+
+    return at
+
+
+def decay_mask(params: Any, embeddings: bool) -> Any:
+    """Which parameters weight decay is for: matrices; not norms and temperatures; embeddings if asked."""
+    kept = {"scale", "temperature"} | (set() if embeddings else {"embedding"})
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in kept, params)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Clipping, the optimizer's direction, decoupled weight decay, learning rate."""
+    c = config.optimizer
+    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+    decayed = functools.partial(decay_mask, embeddings=c.decay_embeddings)
+    rate = learning_rate(config)
+    if c.name == "muon":  # momentum of matrices made orthogonal; Adam for embedding, head, norms and temperatures
+        muon = optax.contrib.muon(
+            lambda count: c.muon_rate * rate(count),
+            beta=c.b1,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            eps=c.eps,
+            weight_decay=c.weight_decay,
+            weight_decay_mask=decayed,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=_muon_axes,
+        )
+        return optax.chain(clip, muon)
+    direction = {
+        "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
+        "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
+        # arXiv 1804.04235: factored second moments, updates clipped, and relative to the size of the parameter.
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        ),
+    }[c.name]()
+    decay = optax.add_decayed_weights(c.weight_decay, decayed)
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(rate))
+
+
+def _muon_axes(params: Any) -> Any:
+    """Which axes of a block's stacked matrices are input and output; None for what is not such a matrix."""
+    axes = optax.contrib.MuonDimensionNumbers
+    table = dict.fromkeys("qkv", axes(-3, (-2, -1))) | {"o": axes((-3, -2), -1)}
+    table |= dict.fromkeys(("gate", "up", "down"), axes(-2, -1))
+    return jax.tree_util.tree_map_with_path(lambda path, _: table.get(path[-1].key), params)
 
 
 def layout(config: ConfigDict) -> tuple[str, int]:
@@ -290,17 +366,17 @@ def data_source(config: ConfigDict, split: str, tokenizer: Tokenizer, prepared: 
         ValueError: no sources, lists of different lengths, or what reading the files raises.
     """
     c = config.data
-    sources, each = (c.train, (c.weights, c.min_tokens)) if split == "train" else (c.validation, ((), ()))
-    if not sources:
+    names, each = (c.train, (c.weights, c.min_tokens)) if split == "train" else (c.validation, ((), ()))
+    if not names:
         raise ValueError(f"data.{split} is empty; wanted at least one source")
-    if wrong := [x for x in each if len(x) not in (0, len(sources))]:
+    if wrong := [x for x in each if len(x) not in (0, len(names))]:
         raise ValueError(
-            f"data.weights or data.min_tokens has {len(wrong[0])} values; wanted {len(sources)}, one a source, or none"
+            f"data.weights or data.min_tokens has {len(wrong[0])} values; wanted {len(names)}, one a source, or none"
         )
-    weights, shortest = each[0] or (1.0,) * len(sources), each[1] or (0,) * len(sources)
+    weights, shortest = each[0] or (1.0,) * len(names), each[1] or (0,) * len(names)
     sets = [
-        data.prepare(data.open_corpus(source, field=c.field), tokenizer, prepared, skip_short=c.skip_short)
-        for source in sources
+        data.prepare(sources.open_corpus(source, field=c.field), tokenizer, prepared, skip_short=c.skip_short)
+        for source in names
     ]
     parts = [
         data.Source(documents, weight, least) for documents, weight, least in zip(sets, weights, shortest, strict=True)

@@ -1,6 +1,7 @@
 """Where every array lives: one table from logical axes to mesh axes, one from parameter names to logical axes.
 
-The mesh has the same four axes everywhere; an axis nobody asked for has size 1, so that one device is the ordinary case:
+The mesh has the same four axes everywhere; an axis nobody asked for has size 1, so that one device is the ordinary
+case:
 
     data     batch rows, parameters replicated
     fsdp     batch rows, parameters split along the model width
@@ -21,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
-# Logical axis -> mesh axis or axes. `model` is the residual stream's width in activations, `embed` the same width in parameters.
+# Logical axis -> mesh axis or axes. `model` is the residual stream's width in activations, `embed` the same width in
+# parameters.
 AXES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
     "time": None,
@@ -67,11 +69,13 @@ def make_mesh(shape: dict[str, int] | None = None, devices: list[jax.Device] | N
     if unknown := sorted(set(sizes) - set(MESH_AXES)):
         raise ValueError(f"mesh axis is {unknown[0]!r}; wanted one of {', '.join(MESH_AXES)}")
     devices = list(devices or jax.devices())
+    if min(sizes.values(), default=1) < 1:
+        raise ValueError(f"mesh is {sizes}; wanted sizes of at least 1")
     rest = math.prod(size for axis, size in sizes.items() if axis != "data")
-    if rest < 1 or sizes.setdefault("data", len(devices) // rest) < 1:
-        raise ValueError(f"mesh is {sizes}; wanted sizes of at least 1 for {len(devices)} devices")
-    needed = rest * sizes["data"]
-    if needed > len(devices) or (needed < len(devices) and not shape):
+    if "data" not in sizes and len(devices) % rest:
+        raise ValueError(f"mesh {sizes} does not divide {len(devices)} devices; wanted a divisor, or data stated")
+    needed = rest * sizes.setdefault("data", len(devices) // rest)
+    if needed > len(devices):
         raise ValueError(f"mesh {sizes} needs {needed} devices; there are {len(devices)}")
     return jax.make_mesh(
         tuple(sizes.get(axis, 1) for axis in MESH_AXES),
@@ -98,7 +102,8 @@ def spec(*logical: str | None) -> P:
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
-    """`x`, told to the partitioner to be split along `logical` on the mesh of `jax.set_mesh`; `x` itself without a mesh.
+    """`x`, told to the partitioner to be split along `logical` on the mesh of `jax.set_mesh`; `x` itself without a
+    mesh.
 
     Raises:
         ValueError: an unknown axis, or a number of axes other than `x` has.
@@ -124,7 +129,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def param_shardings(mesh: Mesh, tree: Any) -> Any:
     """Shardings of parameters, or of optimizer state that holds trees shaped like them.
 
-    Scalars, and statistics of lower rank than their parameter (Adafactor's rows and columns), are replicated: they are small.
+    Scalars, and statistics of lower rank than their parameter (Adafactor's rows and columns), are replicated: they
+    are small.
 
     Raises:
         ValueError: a parameter that is not in the table, or a dimension its mesh axes do not divide.
@@ -145,8 +151,8 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
             ways = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
             if size % ways:
                 raise ValueError(
-                    f"parameter {'/'.join(names)} of shape {leaf.shape}: a dimension of {size} is to be split {ways} ways "
-                    f"over mesh axis {axes!r}; wanted a multiple"
+                    f"parameter {'/'.join(names)} of shape {leaf.shape}: a dimension of {size} is to be split {ways} "
+                    f"ways over mesh axis {axes!r}; wanted a multiple"
                 )
         return NamedSharding(mesh, split)
 

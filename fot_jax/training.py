@@ -1,4 +1,4 @@
-"""Training: loss, optimizer, step, and the loop round them.
+"""Training: loss, step, and the loop round them.
 
 A step is one jitted function from (state, batch) to (state, metrics), with its shardings stated and the state donated.
 Everything that decides what a step computes is a function of the configuration, the step number and what the checkpoint
@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from fot_jax import checkpoint, crossbatch, model, run_config, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.metrics import Meter, Metrics, flops_per_token
+from fot_jax.run_config import learning_rate, make_optimizer
 
 Array = jax.Array
 PyTree = Any
@@ -47,13 +48,39 @@ def head_sums(
     config: ModelConfig, params: PyTree, hidden_BTD: Array, targets_BT: Array, mask_BT: Array
 ) -> tuple[Array, Array]:
     """Cross entropy summed over unmasked tokens, and how many of them have the target as the highest logit; float32."""
-    logits_BTV = model.logits(config, params, hidden_BTD)
-    highest_BT = jax.lax.stop_gradient(logits_BTV.max(axis=-1))
-    sum_BT = jnp.exp(logits_BTV - highest_BT[..., None]).sum(axis=-1)
-    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    loss_BT = jnp.log(sum_BT) + highest_BT - target_BT
-    right_BT = mask_BT & (target_BT >= highest_BT)
-    return jnp.where(mask_BT, loss_BT, 0.0).sum(), right_BT.sum(dtype=jnp.float32)
+    loss_BT, right_BT = cross_entropy(model.logits(config, params, hidden_BTD), targets_BT)
+    return jnp.where(mask_BT, loss_BT, 0.0).sum(), (mask_BT & right_BT).sum(dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def cross_entropy(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
+    """-log softmax(logits)[target], and whether the target's logit is the highest, [B, T].
+
+    The gradient, softmax(logits) - one_hot(target), is written out: autodiff would scatter the target's part.
+    """
+    return _cross_entropy_forward(logits_BTV, targets_BT)[0]
+
+
+def _cross_entropy_forward(logits_BTV, targets_BT):
+    highest_BT = logits_BTV.max(axis=-1)
+    lse_BT = jnp.log(jnp.exp(logits_BTV - highest_BT[..., None]).sum(axis=-1)) + highest_BT
+    target_BT = jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0.0).sum(axis=-1)
+    known_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
+    target_BT = jnp.where(known_BT, target_BT, jnp.nan)  # a token beyond the vocabulary stops training
+    return (lse_BT - target_BT, target_BT >= highest_BT), (logits_BTV, lse_BT, targets_BT)
+
+
+def _cross_entropy_backward(saved, cotangents):
+    logits_BTV, lse_BT, targets_BT = saved
+    softmax_BTV = jnp.exp(logits_BTV - lse_BT[..., None])
+    return (softmax_BTV - _is_target(logits_BTV, targets_BT)) * cotangents[0][..., None], None
+
+
+def _is_target(logits_BTV: Array, targets_BT: Array) -> Array:
+    return jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32)[None, None, :] == targets_BT[..., None]
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -136,51 +163,6 @@ def loss_sums(
     else:
         loss, right = head_sums(config, *arguments)
     return loss, {"tokens": mask_BT.sum(dtype=jnp.float32), "right": right}
-
-
-# -------------------------------------------------------------------------------------------------------- optimizer
-
-
-def learning_rate(config: ConfigDict) -> Callable[[Array], Array]:
-    """Learning rate of an update, from the number of updates before it: linear warm-up, then the schedule."""
-    c, warm = config.optimizer, max(config.optimizer.warmup_steps, 1)
-
-    def at(count: Array) -> Array:
-        step = jnp.asarray(count, jnp.float32) + 1
-        done = jnp.clip((step - c.warmup_steps) / max(config.steps - c.warmup_steps, 1), 0, 1)
-        shape = {
-            "constant": jnp.ones_like(step),
-            "cosine": c.final_share + (1 - c.final_share) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
-            "inverse_sqrt": jnp.sqrt(warm / jnp.maximum(step, warm)),
-        }[c.schedule]
-        return c.learning_rate * jnp.minimum(step / warm, 1) * shape
-
-    return at
-
-
-def decay_mask(params: PyTree, embeddings: bool) -> PyTree:
-    """Which parameters weight decay is for: matrices; not norms and temperatures; embeddings if asked."""
-    kept = {"scale", "temperature"} | (set() if embeddings else {"embedding"})
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in kept, params)
-
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """Clipping, the optimizer's direction, decoupled weight decay, learning rate."""
-    c = config.optimizer
-    direction = {
-        "adamw": lambda: optax.scale_by_adam(c.b1, c.b2, c.eps),
-        "lion": lambda: optax.scale_by_lion(c.b1, c.b2),
-        # arXiv 1804.04235: factored second moments, updates clipped, and relative to the size of the parameter.
-        "adafactor": lambda: optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
-        ),
-    }[c.name]()
-    return optax.chain(
-        optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity(),
-        direction,
-        optax.add_decayed_weights(c.weight_decay, functools.partial(decay_mask, embeddings=c.decay_embeddings)),
-        optax.scale_by_learning_rate(learning_rate(config)),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------- step
@@ -395,6 +377,7 @@ def train(
                 done, plan, values = pending.pop()
                 values = {key: float(value) for key, value in jax.device_get(values).items()}
                 if not all(map(math.isfinite, (values["loss"], values["grad_norm"], values["param_norm"]))):
+                    saved.wait()
                     raise TrainingError(
                         f"step {done}: loss is {values['loss']}, gradient norm {values['grad_norm']}, parameter norm "
                         f"{values['param_norm']}; wanted finite numbers. The step is not saved; good checkpoints in "

@@ -1,8 +1,8 @@
-"""The whole model in NumPy float64, one rule of visibility for windows, memory and crossbatch; shares no code with the package.
+"""The whole model in NumPy float64: one rule of visibility for windows, memory and crossbatch, no code shared.
 
-A query at position t has a window that starts at `start`. Keys from there on are local: the rotary angle between the two is their
-distance. Keys before it are memory, keys of other rows contexts: they count as position 0, so the angle is t - start. Plain
-layers see local keys only. This says nothing of caches, blocks, spills or merges, which is the point.
+A query at position t has a window that starts at `start`. Keys from there on are local: the rotary angle between the
+two is their distance. Keys before it are memory, keys of other rows contexts: they count as position 0, so the angle is
+t - start. Plain layers see local keys only. Nothing here knows of caches, blocks, spills or merges, which is the point.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fot_jax import model
 
 
 def random_params(config, seed=0):
-    """float32 parameters with norms, temperatures and logits far enough from their initial values for a mistake to show."""
+    """float32 parameters far enough from initial values, norms and temperatures too, for a mistake to show."""
     rng = np.random.default_rng(seed)
 
     def leaf(path, like):
@@ -27,9 +27,9 @@ def random_params(config, seed=0):
         if name == "temperature":
             return 2 + 0.5 * noise
         if name == "embedding":
-            return noise
+            return 0.3 * noise  # little, so that a token's successor follows from its context and not from itself
         fan_in = config.n_heads * config.head_size if name == "o" else config.d_ff if name == "down" else config.d_model
-        return noise * (2.0 if name in "qk" else 1.5) / math.sqrt(fan_in)
+        return 2.0 * noise / math.sqrt(fan_in)
 
     return jax.tree_util.tree_map_with_path(leaf, model.abstract_params(config))
 
@@ -63,23 +63,65 @@ def softmax(s):
     return p / np.maximum(p.sum(-1, keepdims=True), 1e-300)
 
 
-def forward(
-    config, params, tokens_BT, *, start_BT=None, valid_BT=None, segment_BT=None, context_rows=None, k=None, with_head=True
+def attend_rows(
+    q_BTHK, k_BTHK, v_BTHK, theta, scale, start_BT, valid_BT, segment_BT, memory_layer=True, context_rows=None, k=None
 ):
-    """Logits, float64 [B, T, V] (or hidden states).
+    """What a layer's queries read, [B, T, H, K]; un-rotated keys, as many as query heads; see `forward`."""
+    B, T, H, K = q_BTHK.shape
+    t = np.arange(T)
+    as_complex = lambda a: a[..., : K // 2] + 1j * a[..., K // 2 :]
+    o = np.zeros_like(q_BTHK)
+    for b in range(B):
+        inside = t[None, :] >= start_BT[b][:, None]
+        same = segment_BT[b][:, None] == segment_BT[b][None, :]
+        seen = (t[None, :] <= t[:, None]) & valid_BT[b][None, :] & same
+        seen = seen if memory_layer else seen & inside
+        to_start = np.broadcast_to((t - start_BT[b])[:, None], (T, T))
+        distance = np.where(inside, t[:, None] - t[None, :], to_start)
+        rows = [b]
+        for row in context_rows[b] if context_rows is not None else ():
+            if row >= 0:
+                rows.append(row)
+                seen = np.concatenate([seen, np.broadcast_to(segment_BT[row] > 0, (T, T))], axis=1)
+                distance = np.concatenate([distance, to_start], axis=1)
+        all_keys, all_values = (np.concatenate([a[row] for row in rows]) for a in (k_BTHK, v_BTHK))
+        turn = np.exp(1j * distance[..., None] * theta)
+        s = np.einsum("thc,shc,tsc->hts", as_complex(q_BTHK[b]), as_complex(all_keys).conj(), turn).real
+        seen = np.broadcast_to(seen, s.shape).copy()
+        if memory_layer and k is not None:
+            for head, query in np.ndindex(H, T):
+                candidates = np.flatnonzero(seen[head, query, :T] & ~inside[query])
+                order = np.argsort(-s[head, query, candidates], kind="stable")
+                seen[head, query, candidates[order[k:]]] = False
+        o[b] = np.einsum("hts,shk->thk", softmax(np.where(seen, s * scale, -np.inf)), all_values)
+    return o
 
-    start_BT: where each token's window starts. valid_BT: False for tokens nobody sees. segment_BT: local attention stays in a
-    segment, 0 is seen by nobody from outside. context_rows: for each row, the rows whose whole windows it reads (-1: none).
-    k: memory keys a query of a head retrieves; None: all.
+
+def forward(
+    config,
+    params,
+    tokens_BT,
+    *,
+    start_BT=None,
+    valid_BT=None,
+    segment_BT=None,
+    context_rows=None,
+    k=None,
+    with_head=True,
+):
+    """Logits, float64 [B, T, V]; without the head, what it would be given.
+
+    start_BT: where each token's window starts. valid_BT: False for tokens nobody sees. segment_BT: local attention
+    stays in a segment, 0 is seen by nobody from outside. context_rows: for each row, the rows whose whole windows it
+    reads (-1: none). k: memory keys a query of a head retrieves; None: all.
     """
     tokens_BT = np.asarray(tokens_BT)
     B, T = tokens_BT.shape
-    H, G, K = config.n_heads, config.n_kv_heads, config.head_size
+    K, repeats = config.head_size, config.n_heads // config.n_kv_heads
     start_BT = np.zeros((B, T), int) if start_BT is None else np.asarray(start_BT)
     valid_BT = np.ones((B, T), bool) if valid_BT is None else np.asarray(valid_BT, bool)
     segment_BT = np.ones((B, T), int) if segment_BT is None else np.asarray(segment_BT)
     theta = config.rope_base ** (-2 * np.arange(K // 2) / K)
-    t = np.arange(T)
     x = np.asarray(params["embed"]["embedding"], np.float64)[tokens_BT]
     for number, block in enumerate(blocks(config, params)):
         memory_layer = number in config.mem_layers
@@ -91,32 +133,21 @@ def forward(
             q = q / np.linalg.norm(q, axis=-1, keepdims=True) * w["temperature"][:, None]
             keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
             scale = 1.0
-        keys, values = (np.repeat(a, H // G, axis=2) for a in (keys, values))
-        as_complex = lambda a: a[..., : K // 2] + 1j * a[..., K // 2 :]
-        o = np.zeros_like(q)
-        for b in range(B):
-            inside = t[None, :] >= start_BT[b][:, None]
-            seen = (t[None, :] <= t[:, None]) & valid_BT[b][None, :] & (segment_BT[b][:, None] == segment_BT[b][None, :])
-            seen = seen if memory_layer else seen & inside
-            distance = np.where(inside, t[:, None] - t[None, :], (t - start_BT[b])[:, None])
-            rows = [b]
-            for row in context_rows[b] if memory_layer and context_rows is not None else ():
-                if row >= 0:
-                    rows.append(row)
-                    seen = np.concatenate([seen, np.broadcast_to(segment_BT[row] > 0, (T, T))], axis=1)
-                    distance = np.concatenate([distance, np.broadcast_to((t - start_BT[b])[:, None], (T, T))], axis=1)
-            if memory_layer and not config.mem_positionals:
-                distance = np.zeros_like(distance)
-            all_keys, all_values = (np.concatenate([a[row] for row in rows]) for a in (keys, values))
-            turn = np.exp(1j * distance[..., None] * theta)
-            s = np.einsum("thc,shc,tsc->hts", as_complex(q[b]), as_complex(all_keys).conj(), turn).real
-            seen = np.broadcast_to(seen, s.shape).copy()
-            if memory_layer and k is not None:
-                for head, query in np.ndindex(H, T):
-                    candidates = np.flatnonzero(seen[head, query, :T] & ~inside[query])
-                    order = np.argsort(-s[head, query, candidates], kind="stable")
-                    seen[head, query, candidates[order[k:]]] = False
-            o[b] = np.einsum("hts,shk->thk", softmax(np.where(seen, s * scale, -np.inf)), all_values)
+        keys, values = (np.repeat(a, repeats, axis=2) for a in (keys, values))
+        turns = not memory_layer or config.mem_positionals
+        o = attend_rows(
+            q,
+            keys,
+            values,
+            theta if turns else np.zeros_like(theta),
+            scale,
+            start_BT,
+            valid_BT,
+            segment_BT,
+            memory_layer,
+            context_rows if memory_layer else None,
+            k,
+        )
         x = x + np.einsum("bthk,hkd->btd", o, w["o"])
         h = rms_norm(x, block["mlp_norm"]["scale"], config.norm_eps)
         gate = h @ block["mlp"]["gate"]
@@ -129,7 +160,7 @@ def forward(
 
 
 def window_starts(prompt, total, window, last_context_length, spill="block"):
-    """[total] where each token's window starts: windows of the prompt's prefix, then the open window, spilled when full."""
+    """[total] where each token's window starts: windows of a prompt's prefix, then the open one, spilled when full."""
     prefix = max(prompt - last_context_length, 0)
     starts = [t // window * window for t in range(prefix)]
     begin = prefix

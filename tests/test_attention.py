@@ -66,19 +66,25 @@ def test_causal_mask():
     np.testing.assert_array_equal(attention.causal_mask(3), [[[True, False, False], [True, True, False], [True] * 3]])
 
 
-@pytest.mark.parametrize("G", [1, 2, 4])
-def test_attend_equals_a_float64_softmax(G):
+@pytest.mark.parametrize(("G", "T"), [(1, 5), (2, 1), (2, 5), (4, 5), (4, 1)])
+def test_attend_equals_a_float64_softmax(G, T):
     rng = np.random.default_rng(G)
-    q, k, v = qkv(rng, G=G)
-    seen = rng.random((2, 5, 7)) < 0.5
-    seen[1, 3] = False  # a query that sees nothing
+    q, k, v = qkv(rng, G=G, T=T)
+    seen = rng.random((2, T, 7)) < 0.5
+    seen[1, T // 2] = False  # a query that sees nothing
     got = ATTEND(q, k, v, seen, scale=SCALE)
     o, lse = reference.attention(q, k, v, seen, SCALE)
     np.testing.assert_allclose(got.o_BHTK, o, atol=2e-6)
     np.testing.assert_allclose(got.lse_BHT, lse, atol=2e-6)
-    assert np.all(np.isneginf(got.lse_BHT[1, :, 3])) and not np.any(got.o_BHTK[1, :, 3])
-    everything = np.ones((1, 5, 7), bool)  # one row that serves both
-    np.testing.assert_allclose(ATTEND(q, k, v, scale=SCALE).o_BHTK, ATTEND(q, k, v, everything, scale=SCALE).o_BHTK, atol=1e-6)
+    assert np.all(np.isneginf(got.lse_BHT[1, :, T // 2])) and not np.any(got.o_BHTK[1, :, T // 2])
+
+
+def test_one_mask_serves_all_rows_and_none_hides_nothing():
+    q, k, v = qkv(np.random.default_rng(2))
+    seen = np.ones((1, 5, 7), bool)
+    np.testing.assert_allclose(
+        ATTEND(q, k, v, scale=SCALE).o_BHTK, ATTEND(q, k, v, seen, scale=SCALE).o_BHTK, atol=1e-6
+    )
 
 
 def test_grouped_heads_equal_heads_repeated_in_values_and_gradients():
@@ -117,7 +123,7 @@ def test_large_scores_do_not_overflow():
 
 def test_heads_that_do_not_fit():
     q, k, v = qkv(np.random.default_rng(8), H=3, G=2)
-    with pytest.raises(ValueError, match="H a multiple of G"):
+    with pytest.raises(ValueError, match="3 query heads over 2 key/value heads; wanted a multiple"):
         attention.attend(q, k, v, scale=1.0)
 
 
@@ -159,3 +165,34 @@ def test_gradient_through_a_merge_equals_that_of_one_softmax():
         return jnp.sum(weight * attention.merge(first, second).o_BHTK)
 
     same_value_and_gradients(parts, whole, q, k, v)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_attention_over_sources_is_one_softmax_in_values_and_gradients(T):
+    rng = np.random.default_rng(12)
+    q, k, v = qkv(rng, T=T, S=9)
+    weight = rng.standard_normal(q.shape).astype(np.float32)
+    seen = rng.random((2, T, 9)) < 0.5
+    seen[:, :, 0], seen[:, :, 4:7] = True, True  # every query sees something; the second source whole
+    seen[:, :, 7:] = seen[:, :1, 7:]  # all queries see the same of the third
+
+    def merged(q, k, v):
+        parts = [(k[:, :, s], v[:, :, s]) for s in (slice(0, 4), slice(4, 7), slice(7, 9))]
+        visible = jnp.asarray(seen[:, :, :4]), None, jnp.asarray(seen[:, :1, 7:])
+        sources = tuple(attention.Source(*part, see) for part, see in zip(parts, visible, strict=True))
+        o = attention.attention(q, sources, SCALE)
+        return jnp.sum(weight * o)
+
+    def plain(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=1) for x in (k, v))
+        s = jnp.where(seen[:, None], jnp.einsum("bhtk,bhsk->bhts", q, k) * SCALE, -jnp.inf)
+        return jnp.sum(weight * jnp.einsum("bhts,bhsk->bhtk", jax.nn.softmax(s), v))
+
+    same_value_and_gradients(merged, plain, q, k, v)
+
+
+def test_attention_keeps_the_dtype_of_what_it_is_given():
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(np.random.default_rng(13)))
+    loss = lambda q, k, v: jnp.sum(attention.attention(q, (attention.Source(k, v),), SCALE))
+    value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+    assert {x.dtype for x in (value, *grads)} == {jnp.dtype(jnp.bfloat16)}

@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fot_jax import data, tokenizer
+from fot_jax import data, sources, tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n\n\ndef g(x):\n\treturn f(x) * 2\n" * 20,
@@ -113,7 +113,7 @@ def test_files_of_three_kinds(tmp_path):
         c__md="no",
     )
     parquet.write_table(pyarrow.table({"text": ["p", "q"], "n": [1, 2]}), folder / "t.parquet")
-    got = [tuple(d) for d in data.corpus_of_files([folder]).documents()]
+    got = [tuple(d) for d in sources.corpus_of_files([folder]).documents()]
     assert got == [
         ("a.jsonl:1", "zażółć"),
         ("named", "x y"),
@@ -122,13 +122,13 @@ def test_files_of_three_kinds(tmp_path):
         ("t.parquet:2", "q"),
     ]
     with pytest.raises(ValueError, match="t.parquet: no column 'body'; found 'text', 'n'"):
-        list(data.corpus_of_files([folder / "t.parquet"], field="body").documents())
+        list(sources.corpus_of_files([folder / "t.parquet"], field="body").documents())
     parquet.write_table(pyarrow.table({"text": ["p", None]}), folder / "t.parquet")
     with pytest.raises(ValueError, match="row 2: field 'text' is a NoneType"):
-        list(data.open_corpus(folder / "t.parquet").documents())
+        list(sources.open_corpus(folder / "t.parquet").documents())
     write(folder, t__parquet="PAR1 not")
     with pytest.raises(ValueError, match="t.parquet: not a parquet file"):
-        list(data.open_corpus(folder / "t.parquet").documents())
+        list(sources.open_corpus(folder / "t.parquet").documents())
 
 
 BAD = {
@@ -158,18 +158,18 @@ def test_bad_sources_are_refused_before_anything_is_tokenised(case, small, tmp_p
         path = next(write(tmp_path / "in", **files).iterdir())
     monkeypatch.setattr(data, "TokenisedDocuments", None)  # any attempt to build fails
     with pytest.raises(kind, match=message):
-        data.prepare(data.open_corpus(path), small, tmp_path / "out")
+        data.prepare(sources.open_corpus(path), small, tmp_path / "out")
     assert not (tmp_path / "out").exists() or not [f for f in os.listdir(tmp_path / "out") if not f.startswith(".")]
 
 
 def test_folders_without_text_and_missing_pyarrow(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no .txt, .jsonl, .parquet file"):
-        data.open_corpus(write(tmp_path / "d", a__md="x"))
+        sources.open_corpus(write(tmp_path / "d", a__md="x"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="a.parquet: .*pip install pyarrow"):
-        data.open_corpus(write(tmp_path / "e", a__parquet="x"))
+        sources.open_corpus(write(tmp_path / "e", a__parquet="x"))
     with pytest.raises(ValueError, match="a source by itself"):
-        data.open_corpus("python:train", tmp_path)
+        sources.open_corpus("python:train", tmp_path)
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_unreadable_file(tmp_path, monkeypatch):
     if os.access(path, os.R_OK):  # a superuser may read it all the same
         monkeypatch.setattr("builtins.open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "denied", a[0])))
     with pytest.raises(PermissionError, match="x.txt"):
-        data.open_corpus(path)
+        sources.open_corpus(path)
 
 
 # ---- prepared sets
@@ -186,12 +186,12 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
 def documents(n, seed=0):
     rng = np.random.RandomState(seed)
-    return [data.Document(f"d{i}", "".join(rng.choice(list("ab \n"), 5 + 40 * (i % 3)))) for i in range(n)]
+    return [sources.Document(f"d{i}", "".join(rng.choice(list("ab \n"), 5 + 40 * (i % 3)))) for i in range(n)]
 
 
 def test_prepared_set_gives_the_documents_back(small, tmp_path):
     texts = documents(12)
-    made = data.prepare(data.corpus_of_documents(texts, "mine"), small, tmp_path)
+    made = data.prepare(sources.corpus_of_documents(texts, "mine"), small, tmp_path)
     assert len(made) == 12 and made.skipped == 0
     assert (made.vocab_size, made.bos_id, made.eos_id, made.pad_id) == (340, 1, 2, 0)
     for i, (name, text) in enumerate(texts):
@@ -199,30 +199,30 @@ def test_prepared_set_gives_the_documents_back(small, tmp_path):
         assert made[i].dtype == np.int32
     assert made.tokenizer().fingerprint == small.fingerprint
     assert data.TokenSet(made.path).fingerprint == made.fingerprint
-    again = data.prepare(data.corpus_of_documents(texts, "again"), small, tmp_path)
+    again = data.prepare(sources.corpus_of_documents(texts, "again"), small, tmp_path)
     assert again.path != made.path and again.fingerprint == made.fingerprint
-    changed = [*texts[:-1], data.Document("d11", texts[-1].text + "a")]
-    assert data.prepare(data.corpus_of_documents(changed, "mine"), small, tmp_path).fingerprint != made.fingerprint
+    changed = [*texts[:-1], sources.Document("d11", texts[-1].text + "a")]
+    assert data.prepare(sources.corpus_of_documents(changed, "mine"), small, tmp_path).fingerprint != made.fingerprint
     records = b"".join(p.read_bytes() for p in made.path.rglob("*") if p.is_file())
     assert str(tmp_path).encode() not in records
 
 
 def test_a_stale_preparation_is_not_used(small, tmp_path):
     path = write(tmp_path / "in", x__txt="some text") / "x.txt"
-    first = data.prepare(data.open_corpus(path), small, tmp_path / "out")
+    first = data.prepare(sources.open_corpus(path), small, tmp_path / "out")
     stamp = os.stat(first.path / "prepared.json").st_mtime_ns
-    assert data.prepare(data.open_corpus(path), small, tmp_path / "out").path == first.path
+    assert data.prepare(sources.open_corpus(path), small, tmp_path / "out").path == first.path
     assert os.stat(first.path / "prepared.json").st_mtime_ns == stamp
     other = tokenizer.train_tokenizer(TEXTS, tmp_path / "other.model", 330)
-    assert data.prepare(data.open_corpus(path), other, tmp_path / "out").path != first.path
+    assert data.prepare(sources.open_corpus(path), other, tmp_path / "out").path != first.path
     path.write_text("some more")
     os.utime(path, ns=(1, 1))
-    second = data.prepare(data.open_corpus(path), small, tmp_path / "out")
+    second = data.prepare(sources.open_corpus(path), small, tmp_path / "out")
     assert small.decode(second[0]) == "some more" and small.decode(first[0]) == "some text"
 
 
 def test_an_interrupted_preparation_does_not_look_complete(small, tmp_path):
-    corpus = data.corpus_of_documents(documents(9), "mine")
+    corpus = sources.corpus_of_documents(documents(9), "mine")
     calls = itertools.count()
 
     def dies():
@@ -231,7 +231,7 @@ def test_an_interrupted_preparation_does_not_look_complete(small, tmp_path):
                 raise KeyboardInterrupt
             yield document
 
-    broken = data.Corpus(corpus.name, corpus.fingerprint, dies)
+    broken = sources.Corpus(corpus.name, corpus.fingerprint, dies)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(broken, small, tmp_path)
     assert all(name.startswith(".") for name in os.listdir(tmp_path))
@@ -242,22 +242,22 @@ def test_an_interrupted_preparation_does_not_look_complete(small, tmp_path):
 
 
 def test_short_documents_can_be_skipped(small, tmp_path):
-    corpus = data.corpus_of_documents([data.Document("a", ""), *documents(3)], "mine")
+    corpus = sources.corpus_of_documents([sources.Document("a", ""), *documents(3)], "mine")
     made = data.prepare(corpus, small, tmp_path, skip_short=True)
     assert (len(made), made.skipped, made.id(0)) == (3, 1, "d0")
     with pytest.raises(ValueError, match="no documents of two tokens or more"):
-        data.prepare(data.corpus_of_documents([data.Document("a", "")], "mine"), small, tmp_path, skip_short=True)
+        data.prepare(sources.corpus_of_documents([sources.Document("a", "")], "mine"), small, tmp_path, skip_short=True)
 
 
 def test_of_two_that_prepare_one_does_the_work(small, tmp_path):
-    corpus, passes = data.corpus_of_documents(documents(5), "mine"), []
+    corpus, passes = sources.corpus_of_documents(documents(5), "mine"), []
 
     def counted():
         passes.append(1)
         time.sleep(0.02)
         return corpus.documents()
 
-    slow = data.Corpus(corpus.name, corpus.fingerprint, counted)
+    slow = sources.Corpus(corpus.name, corpus.fingerprint, counted)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first, second = (f.result() for f in [pool.submit(data.prepare, slow, small, tmp_path) for _ in range(2)])
     assert first.path == second.path and len(passes) == 2  # one to check, one to tokenise
@@ -280,7 +280,7 @@ class TinyPoems(tfds.core.GeneratorBasedBuilder):
 
 def test_a_tfds_set_by_name(small, tmp_path):
     def make(split, **k):
-        return data.corpus_of_tfds("tiny_poems", split, data_dir=str(tmp_path / "tfds"), **k)
+        return sources.corpus_of_tfds("tiny_poems", split, data_dir=str(tmp_path / "tfds"), **k)
 
     made = data.prepare(make("train"), small, tmp_path / "out")
     assert sorted(small.decode(made[i]) for i in range(len(made))) == [f"poem nr {i}, ważny" for i in range(6)]
@@ -294,7 +294,7 @@ def test_command_line_without_tensorflow(tmp_path):
     source = write(tmp_path / "in", **{f"d{i}__txt": text for i, text in enumerate(TEXTS)})
     script = f"""
 import sys
-from fot_jax import data
+from fot_jax import data, sources
 model, out = {str(tmp_path / "t.model")!r}, {str(tmp_path / "o")!r}
 data.main(["train-tokenizer", {str(source)!r}, "--output", model, "--vocab_size", "330"])
 data.main(["prepare", {str(source)!r}, "--tokenizer", model, "--output", out])
@@ -538,7 +538,7 @@ def test_errors_in_the_background_reach_the_loop():
 
 
 def test_from_files_to_batches(small, tmp_path):
-    made = data.prepare(data.corpus_of_documents(documents(12), "mine"), small, tmp_path)
+    made = data.prepare(sources.corpus_of_documents(documents(12), "mine"), small, tmp_path)
     mixture = data.Mixture([data.Source(made, min_tokens=5)], seed=None, repeat=False)
     pieces = {}
     for batch in data.Batches(data.Packed(mixture, streams=3, window=8, windows_per_step=2, layout="packed")):
@@ -567,28 +567,28 @@ def test_packages_become_documents(tmp_path):
     write(root / "encodings", cp1__py=code(6))
     write(root / "test", test_pkg__py=code(7), test_mod__py=code(8))
     write(root, mod__py=code(9), tiny__py="x = 1\n", broken__py=b"\xff\xfe\x00")
-    got = dict(data.python_library_documents(roots=[root], min_chars=100))
+    got = dict(sources.python_library_documents(roots=[root], min_chars=100))
     assert sorted(got) == ["lib/mod", "lib/pkg"]
     heads = [line for line in got["lib/pkg"].splitlines() if line.startswith("# pkg")]
     assert heads == ["# pkg/a.py", "# pkg/b.py", "# pkg/sub/z.py"]  # the copy is left out
     assert "name = 'é'" in got["lib/pkg"]
-    with_tests = dict(data.python_library_documents(roots=[root], min_chars=100, tests=True))
+    with_tests = dict(sources.python_library_documents(roots=[root], min_chars=100, tests=True))
     assert sorted(with_tests) == ["lib/mod", "lib/pkg", "test/test_mod", "test/test_pkg"]
-    cut = data.python_library_documents(roots=[root], min_chars=100, max_chars=900, packages=["pkg"])
+    cut = sources.python_library_documents(roots=[root], min_chars=100, max_chars=900, packages=["pkg"])
     assert [d.id for d in cut] == ["lib/pkg", "lib/pkg#1", "lib/pkg#2"][: len(cut)] and len(cut) > 1
     assert all(len(d.text) <= 900 for d in cut)
     with pytest.raises(ValueError, match="no Python package"):
-        data.python_library_documents(roots=[root], min_chars=10**7)
+        sources.python_library_documents(roots=[root], min_chars=10**7)
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        data.python_library_documents(roots=[root / "nowhere"])
+        sources.python_library_documents(roots=[root / "nowhere"])
     with pytest.raises(ValueError, match="split is 'test'"):
-        data.python_library_documents("test", roots=[root])
+        sources.python_library_documents("test", roots=[root])
 
 
 def test_pythons_own_library_splits_by_package():
-    train, validation = (data.python_library_documents(split) for split in ("train", "validation"))
+    train, validation = (sources.python_library_documents(split) for split in ("train", "validation"))
     assert sum(len(d.text) for d in train) > 4_000_000 and sum(len(d.text) for d in validation) > 300_000
-    assert len(train) + len(validation) == len(data.python_library_documents())
+    assert len(train) + len(validation) == len(sources.python_library_documents())
     assert not {d.id for d in train} & {d.id for d in validation}
     for names in ("_pydecimal decimal test_decimal _decimal", "asyncio test_asyncio", "_pyio io"):
-        assert len({data._is_held_out(name, 0.5) for name in names.split()}) == 1
+        assert len({sources._is_held_out(name, 0.5) for name in names.split()}) == 1

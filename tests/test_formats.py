@@ -215,6 +215,7 @@ def test_bin_files(tmp_path, saved):
     assert_same(fot_jax.load_pretrained(directory, dtype="bfloat16")[1], rounded)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_pickle_that_is_no_checkpoint_is_refused_and_not_run(tmp_path, saved):
     torch = pytest.importorskip("torch")
     directory, _ = saved

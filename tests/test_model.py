@@ -37,26 +37,21 @@ def test_layers_come_out_in_order():
     config = CONFIG.replace(n_layers=11, mem_layers=(2, 3, 6, 9))
     params = reference.random_params(config)
     wanted = reference.blocks(config, params)
-    found = model.layers(config, params)
+    found = jax.jit(model.layers, static_argnums=0)(config, params)
     assert len(found) == 11
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(lambda x: x.astype(np.float32), wanted))
 
 
-def test_remat_changes_what_is_kept_and_not_the_gradients():
+def test_remat_keeps_less():
+    # That it changes no gradient is shown in test_crossbatch, with each policy.
     params = reference.random_params(CONFIG)
 
-    def loss(params, remat):
-        hidden = model.forward(CONFIG, params, TOKENS, plan=PLAN, remat=remat)
-        return jnp.sum(jnp.sin(model.logits(CONFIG, params, hidden)))
+    def kept(remat):
+        forward = lambda params: model.forward(CONFIG, params, TOKENS, plan=PLAN, remat=remat)
+        residuals = jax.eval_shape(lambda params: jax.vjp(forward, params)[1], params)
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(residuals))
 
-    kept, grads = {}, {}
-    for remat in ("none", "dots", "full"):
-        residuals = jax.eval_shape(lambda p, remat=remat: jax.vjp(functools.partial(loss, remat=remat), p)[1], params)
-        kept[remat] = sum(math.prod(x.shape) for x in jax.tree.leaves(residuals))
-        grads[remat] = jax.jit(jax.grad(functools.partial(loss, remat=remat)))(params)
-    assert kept["full"] < kept["dots"] < kept["none"]
-    for remat in ("dots", "full"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), grads[remat], grads["none"])
+    assert kept("full") < kept("dots") < kept("none")
 
 
 def test_unknown_remat():
@@ -85,25 +80,31 @@ def test_the_tree_of_parameters():
         "norm": {"scale": (D,)},
         "head": {"kernel": (D, V)},
     }
-    params = model.init_params(config, jax.random.key(0))
+    params = model.abstract_params(config)
     assert jax.tree.map(lambda x: x.shape, params) == wanted
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), model.abstract_params(config)) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), params
+    tied = model.abstract_params(
+        config.replace(tie_embeddings=True, qk_norm=False, dtypes=DtypePolicy(params="bfloat16"))
     )
-    tied = model.abstract_params(config.replace(tie_embeddings=True, qk_norm=False, dtypes=DtypePolicy(params="bfloat16")))
     assert "head" not in tied and "temperature" not in tied["segment_1"]["memory"]["attention"]
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(tied))
 
+
+def test_initial_parameters():
+    config = CONFIG.replace(d_ff=48, n_layers=4, mem_layers=(1, 3), qk_norm=True)
+    params = jax.jit(model.init_params, static_argnums=0)(config, jax.random.key(0))
+    like = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert like(params) == like(model.abstract_params(config))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path[-1].key
         if name in ("scale", "temperature"):
-            np.testing.assert_allclose(leaf, 1.0 if name == "scale" else math.sqrt(K))
+            np.testing.assert_allclose(leaf, 1.0 if name == "scale" else math.sqrt(6))
         else:
             assert 0.8 * config.init_std < np.std(leaf) < 1.2 * config.init_std
             assert abs(np.mean(leaf)) < 0.3 * config.init_std
-    matrices = [np.asarray(block["mlp"][name]) for block in model.layers(config, params) for name in ("gate", "up")]
-    assert len({matrix.tobytes() for matrix in matrices}) == 12  # no two layers begin the same
+    blocks = reference.blocks(config, params)
+    matrices = [block["mlp"][name] for block in blocks for name in ("gate", "up")]
+    assert len({matrix.tobytes() for matrix in matrices}) == 8  # no two layers begin the same
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_the_tree_of_parameters():
         ("longllama_3b", 3_426_473_600),
         ("longllama_code_7b", 6_738_546_688),
         # 64 x 512 + 12 x (4 x 512^2 + 3 x 512 x 1368 + 2 x 512 + 8) + 512.
-        ("fot_37m", 37_858_400),
+        ("fot_37m", 37_843_552),
     ],
 )
 def test_parameter_counts(size, count):
@@ -157,10 +158,10 @@ def test_norms_are_computed_in_float32():
     found = jax.jit(functools.partial(model.rms_norm, eps=1e-6))(x, scale)
     assert found.dtype == jnp.bfloat16
     wanted = reference.rms_norm(x.astype(np.float64), scale, 1e-6)
-    np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=2**-8)
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8)
     unit = jax.jit(model.unit_norm)(x)
     assert unit.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.linalg.norm(unit.astype(np.float64), axis=-1), 1, rtol=2**-8)
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(unit, np.float64), axis=-1), 1, rtol=2**-8)
     # Padding's zeros do not become NaN.
     assert not np.any(jax.jit(model.unit_norm)(np.zeros((1, 1, 4), np.float32)))
 
@@ -168,12 +169,14 @@ def test_norms_are_computed_in_float32():
 # Windows read piece by piece.
 
 
-@pytest.mark.parametrize("changes", [{}, {"mem_positionals": False, "qk_norm": True, "n_kv_heads": 1}], ids=["rotary", "small"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mem_positionals": False, "qk_norm": True, "n_kv_heads": 1}], ids=["rotary", "small"]
+)
 def test_a_window_read_in_pieces_is_the_window_read_at_once(changes):
     config = CONFIG.replace(**changes)
-    params = reference.random_params(config)
+    params = jax.tree.map(jnp.asarray, reference.random_params(config))
     rng = np.random.default_rng(1)
-    past, now = (rng.integers(0, config.vocab_size, (2, n)).astype(np.int32) for n in (5, 6))
+    past, now = rng.integers(0, config.vocab_size, (2, 2, 6)).astype(np.int32)
 
     @jax.jit
     def read(tokens_BT, mem, local, count_B):
@@ -185,14 +188,14 @@ def test_a_window_read_in_pieces_is_the_window_read_at_once(changes):
     mem = memory.init_memory(config, 2, 9)
     nothing = memory.init_cache(config, 2, config.n_layers, config.window, "float32")
     # Row 1 remembers three tokens only.
-    mem = read(past, mem, nothing, np.array([5, 3], np.int32))[2]
+    mem = read(past, mem, nothing, np.array([6, 3], np.int32))[2]
     whole, pieces, local = read(now, mem, nothing, np.zeros(2, np.int32))[0], [], nothing
     for start in range(6):
         hidden, local, _ = read(now[:, start : start + 1], mem, local, np.zeros(2, np.int32))
         pieces.append(hidden)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=2e-5)
     np.testing.assert_array_equal(local.length_B, [6, 6])
-    for b, n in enumerate((5, 3)):
+    for b, n in enumerate((6, 3)):
         tokens = np.concatenate([past[b, :n], now[b]])[None]
         start = np.array([[0] * n + [n] * 6])
         wanted = reference.forward(config, params, tokens, start_BT=start, with_head=False)
@@ -234,7 +237,9 @@ def test_every_parameter_of_every_size_has_a_row(devices, size):
     assert jax.tree.structure(specs, is_leaf=lambda x: isinstance(x, P)) == jax.tree.structure(params)
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=lambda x: isinstance(x, P)):
         assert any(spec), f"{jax.tree_util.keystr(path)} is on every device"
-    q = next(specs[name]["memory" if "memory" in specs[name] else "plain"] for name in specs if name.startswith("segment"))
+    q = next(
+        specs[name]["memory" if "memory" in specs[name] else "plain"] for name in specs if name.startswith("segment")
+    )
     assert tuple(q["attention"]["q"])[-3:] == ("fsdp", "tensor", None)
     assert tuple(q["mlp"]["down"])[-2:] == ("tensor", "fsdp")
 
@@ -249,7 +254,9 @@ def test_shardings_of_other_trees(devices):
     assert found["count"].spec == P() and found["row"]["mlp"]["gate"].spec == P()
     with pytest.raises(ValueError, match=r"parameter attention/bias of shape \(4,\) has no row in sharding.PARAMETERS"):
         sharding.param_shardings(mesh, {"attention": {"bias": jnp.zeros(4)}})
-    with pytest.raises(ValueError, match=r"mlp/gate of shape \(16, 5\): a dimension of 5 is to be split 2 ways over mesh axis 'tensor'"):
+    with pytest.raises(
+        ValueError, match=r"mlp/gate of shape \(16, 5\): a dimension of 5 is to be split 2 ways over mesh axis 'tensor'"
+    ):
         sharding.param_shardings(mesh, {"mlp": {"gate": jnp.zeros((16, 5))}})
 
 

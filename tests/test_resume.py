@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fot_jax import checkpoint
+from fot_jax.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 12
@@ -23,14 +24,32 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Starts a run in a process of its own; what is compiled once is compiled for all."""
-    cache = tmp_path_factory.mktemp("compiled")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    """Starts train.py in a process of its own; what is compiled or tokenised once is so for all."""
+    shared = tmp_path_factory.mktemp("shared")
+    (shared / "text").mkdir()
+    sources = sorted((ROOT / "fot_jax").glob("*.py"))
+    for path in sources:
+        (shared / "text" / f"{path.stem}.txt").write_text(path.read_text())
+    train_tokenizer((path.read_text() for path in sources), shared / "tokenizer.model", 400)
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled")}
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    options = {
+        "steps": STEPS,
+        "model.vocab_size": 400,
+        "crossbatch.contexts": "(1,3)",
+        "crossbatch.schedule": "draw",
+        "data.train": f"('{shared / 'text'}',)",
+        "data.prepared": shared / "prepared",
+        "data.tokenizer": shared / "tokenizer.model",
+        "data.skip_short": True,
+    }
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'tests' / 'toy.py'}"]
+    command += [f"--config.{key}={value}" for key, value in options.items()]
 
-    def start(workdir, *keys):
-        command = [sys.executable, str(ROOT / "tests" / "toy.py"), str(workdir), f"steps={STEPS}", *keys]
-        return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    def start(workdir):
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*command, f"--workdir={workdir}"], env=env, **pipes)
 
     return start
 
@@ -78,7 +97,7 @@ def outcome(workdir):
 
 def assert_same(found, wanted):
     jax.tree.map(np.testing.assert_array_equal, found[0], wanted[0])
-    assert found[1:3] == wanted[1:3]  # the sums of the optimizer's bits among them
+    assert found[1:3] == wanted[1:3]  # the data position; the sums of the optimizer's bits among them
     assert found[3] == wanted[3] and [step for step, _ in wanted[3]] == list(range(1, STEPS + 1))
 
 

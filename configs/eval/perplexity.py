@@ -1,6 +1,7 @@
 """Perplexity by memory length on held-out documents, of a checkpoint of train.py or a Hugging Face directory.
 
-    python eval.py --config=configs/eval/perplexity.py --checkpoint=/tmp/tiny --config.options.memory_tokens="(0,256,1024)"
+    python eval.py --config=configs/eval/perplexity.py --checkpoint=/tmp/tiny
+    --config.options.memory_tokens="(0,256,1024)"
 
 Two CPU cores, a small model: a few thousand tokens a second for every memory length.
 """
@@ -19,7 +20,7 @@ def get_config() -> ConfigDict:
             data=dict(
                 sources=(
                     "python:validation",
-                ),  # as data.open_corpus takes them: files, folders, python:SPLIT, tfds:NAME:SPLIT
+                ),  # as sources.open_corpus takes them: files, folders, python:SPLIT, tfds:NAME:SPLIT
                 field="text",  # that holds the text, where documents have fields
                 skip_short=False,  # leave out documents of fewer than two tokens, instead of refusing them
                 tokenizer="",  # SentencePiece model; by default tokenizer.model beside the checkpoint

@@ -1,8 +1,8 @@
 """Perplexity as a function of memory length (arXiv 2307.03170, sections 4.2 and 5).
 
 Documents are read in windows of W tokens. Before each window, memory holds the last m tokens read: of the same document
-(single-document: memory is cleared where one starts), or of whatever the row read before (multi-document). The perplexity of
-memory length m is exp of the mean negative log-likelihood over all tokens but the first of each document.
+(single-document: memory is cleared where one starts), or of whatever the row read before (multi-document). The
+perplexity of memory length m is exp of the mean negative log-likelihood over all tokens but the first of each document.
 
 *Recall tokens* are reported beside: a token that completes a trigram whose last earlier occurrence in the document ends
 before the current window, so that only memory can show it.
@@ -63,7 +63,8 @@ class Losses(NamedTuple):
 
 
 def recall_targets(tokens: np.ndarray, window: int) -> np.ndarray:
-    """bool [n], whether token i completes a trigram whose last earlier occurrence ends before the window that predicts it.
+    """bool [n], whether token i completes a trigram whose last earlier occurrence ends before the window that
+    predicts it.
 
     The window that predicts token i is the one that holds token i - 1.
     """
@@ -73,7 +74,9 @@ def recall_targets(tokens: np.ndarray, window: int) -> np.ndarray:
         return out
     ids = tokens.astype(np.int64)
     base = int(ids.max()) + 1
-    code = (np.unique(ids[:-2] * base + ids[1:-1], return_inverse=True)[1]) * base + ids[2:]  # of the trigram that ends at i + 2
+    code = (
+        (np.unique(ids[:-2] * base + ids[1:-1], return_inverse=True)[1]) * base + ids[2:]
+    )  # of the trigram that ends at i + 2
     order = np.argsort(code, kind="stable")
     same = code[order[1:]] == code[order[:-1]]
     at, before = order[1:][same] + 2, order[:-1][same] + 2
@@ -141,7 +144,7 @@ def losses(
     windows: Windows,
     memory_tokens: int,
     *,
-    reading: memory.Reading = memory.Reading(),
+    reading: memory.Reading = memory.DENSE,
     clear_at_documents: bool = True,
     progress: Callable[[Iterator], Iterator] = iter,
 ) -> Losses:
@@ -206,8 +209,8 @@ def run(
     recall = {str(m): float(np.exp(x.recall)) for m, x in found.items()}
     any_ = next(iter(found.values()))
     return Report(
-        title=f"perplexity by memory length, {options.mode}-document, {options.reading} reading, window {config.window}, "
-        f"{any_.tokens:,} tokens of {len(documents)} documents, {any_.recall_tokens:,} recall tokens",
+        title=f"perplexity by memory length: {options.mode}-document, {options.reading} reading, window {config.window},\n"
+        f"{any_.tokens:,} tokens of {len(documents)} documents, of them {any_.recall_tokens:,} recall tokens",
         columns=("memory tokens", "perplexity", "on recall tokens"),
         rows=tuple((m, perplexity[str(m)], recall[str(m)]) for m in found),
         values=dict(

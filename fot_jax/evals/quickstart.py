@@ -2,10 +2,10 @@
 
     python -m fot_jax.evals.quickstart --out results/quickstart
 
-Runs the project's own commands one after another and shows each: a SentencePiece model is trained on Python's standard library,
-a base model on the same text, and from it two models on the same tokens, one with crossbatch (`fot`) and one without
-(`standard`). Both are evaluated on held-out packages with memory of growing length. Writes OUT/metrics.json and
-OUT/quickstart.png. A run that was interrupted goes on where it stopped.
+Runs the project's own commands one after another and shows each: a SentencePiece model is trained on Python's
+standard library, a base model on the same text, and from it two models on the same tokens, one with crossbatch
+(`fot`) and one without (`standard`). Both are evaluated on held-out packages with memory of growing length. Writes
+OUT/metrics.json and OUT/quickstart.png. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def main() -> None:
     tokenizer = out / "tokenizer.model"
     if not tokenizer.exists():
         finish(
-            command("-m", "fot_jax.data", "train-tokenizer", "python:train", f"--output={tokenizer}", "--vocab_size=1024")
+            command(
+                "-m", "fot_jax.data", "train-tokenizer", "python:train", f"--output={tokenizer}", "--vocab_size=1024"
+            )
         )
     train = lambda which, *more: (
         "train.py",
@@ -96,7 +98,8 @@ def main() -> None:
     report.write(out, "metrics")
     (out / "metrics.png").replace(out / "quickstart.png")
     print(f"\n{report.table()}\n\n{verdict(report.values)}\n")
-    print(f"{trained - start:.0f} s of training, {time.monotonic() - trained:.0f} s of evaluation; {out}/metrics.json, quickstart.png")
+    print(f"{trained - start:.0f} s of training, {time.monotonic() - trained:.0f} s of evaluation")
+    print(f"written: {out}/metrics.json and quickstart.png")
 
 
 def compare(found: dict[str, dict]) -> Report:
@@ -108,12 +111,17 @@ def compare(found: dict[str, dict]) -> Report:
     facts = found["fot"]
     titles = {"": "perplexity on held-out packages", "_recall": "recall tokens alone"}
     return Report(
-        title=f"Perplexity on {facts['tokens']:,} tokens of held-out packages by memory length (window {facts['window']})",
+        title=f"Perplexity by memory length on {facts['tokens']:,} tokens of held-out packages, window {facts['window']}",
         columns=("memory tokens", "fot", "standard", "fot, recall", "standard, recall"),
         rows=tuple(
             (int(m), *(curves[f"{which}{kind}"][m] for kind in titles for which in MODELS)) for m in facts["perplexity"]
         ),
-        values={**curves, "window": facts["window"], "tokens": facts["tokens"], "recall_tokens": facts["recall_tokens"]},
+        values={
+            **curves,
+            "window": facts["window"],
+            "tokens": facts["tokens"],
+            "recall_tokens": facts["recall_tokens"],
+        },
         plot=lambda path: perplexity.plot(
             path, {f"{which}: {title}": curves[f"{which}{kind}"] for kind, title in titles.items() for which in MODELS}
         ),
@@ -127,7 +135,8 @@ def verdict(curves: dict[str, dict[str, float]]) -> str:
     longest = max(fot, key=int)
     drift = 100 * (fot[longest] / min(fot.values()) - 1)
     return (
-        f"Memory lowers the crossbatch model's perplexity by {gain(fot):.1f}%, on recall tokens by {gain(recall):.1f}%.\n"
+        f"Memory lowers the crossbatch model's perplexity by {gain(fot):.1f}%, on recall tokens by "
+        f"{gain(recall):.1f}%.\n"
         f"With {int(longest):,} tokens of memory it is {drift:.2f}% above its best.\n"
         f"Its best is {min(fot.values()):.2f}, the standard model's {min(curves['standard'].values()):.2f}."
     )
