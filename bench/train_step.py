@@ -52,7 +52,7 @@ def main() -> None:
     tokens = rng.integers(3, CONFIG.vocab_size, (1, ROWS, T + 1), dtype=np.int32)
     ones = np.ones((1, ROWS, T), np.int32)
     batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": ones > 0, "segment_ids": ones}
-    options = training.LossOptions(loss_chunk=512, separate="none")
+    options = training.LossOptions(loss_chunk=512, separate="none", unroll=True)
     step = functools.partial(training.train_step, CONFIG, options, optimizer, training.learning_rate(config), plan)
     state = jax.jit(lambda key: training.new_state(model.init_params(CONFIG, key), optimizer))(jax.random.key(0))
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()

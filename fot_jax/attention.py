@@ -143,7 +143,7 @@ class Source(NamedTuple):
 
     Attributes:
         k_BGSK, v_BGSK: keys, rotated if they are to be, and values.
-        visible_BTS: bool; axes of 1 serve all rows or queries. None: all is seen.
+        visible_BTS: bool; axes of 1 serve all rows, queries or keys. None: all is seen.
     """
 
     k_BGSK: Array
@@ -151,52 +151,102 @@ class Source(NamedTuple):
     visible_BTS: Array | None = None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def attention(q_BHTK: Array, sources: tuple[Source, ...], scale: float) -> Array:
-    """One softmax over the keys of all sources, differentiable in queries, keys and values.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention(q_BHTK: Array, own: Source, others: tuple[Source, ...], scale: float) -> Array:
+    """One softmax over a window's own keys and those of other sources, differentiable in queries, keys and values.
 
     Scores of one source exist at a time, forward and backward: the backward pass computes a source's probabilities
     again from the *merged* log-sum-exp, which makes its gradients those of the softmax over the union.
 
     Args:
         q_BHTK: queries, rotated if they are to be.
-        sources: every query sees a key in at least one of them.
+        own: the window itself, S = T; no query sees a later key, and each sees one.
+        others: any other sources.
         scale: what scores are multiplied by.
 
     Returns:
         [B, H, T, K] in the queries' dtype.
     """
-    return _attention_forward(q_BHTK, sources, scale)[0]
+    return _attention_forward(q_BHTK, own, others, scale)[0]
 
 
-def _attention_forward(q_BHTK, sources, scale):
-    o, lse = merge(*(attend(q_BHTK, *source, scale=scale) for source in sources))
+def _parts(source: Source, length: int, causal: bool) -> list[tuple[slice, Source]]:
+    """A source as (queries, the keys they can see): of a causal triangle, the first half of the queries needs only the
+    first half of the keys.
+    """
+    if not causal or length % 2 or length < 32:
+        return [(slice(0, length), source)]
+    parts = []
+    for queries in (slice(0, length // 2), slice(length // 2, length)):
+        k, v = (x[:, :, : queries.stop] for x in source[:2])
+        parts.append((queries, Source(k, v, source.visible_BTS[:, queries, : queries.stop])))
+    return parts
+
+
+def _by_row(source: Source) -> bool:
+    """Whether a row sees all or nothing of a source; then scores need no mask, only sums do."""
+    return source.visible_BTS is not None and source.visible_BTS.shape[1:] == (1, 1)
+
+
+def _attention_forward(q_BHTK, own, others, scale):
+    partials = []
+    for source in (own, *others):
+        pieces = []
+        for queries, part in _parts(source, q_BHTK.shape[2], source is own):
+            q = q_BHTK[:, :, queries]
+            if _by_row(part):
+                partial = attend(q, part.k_BGSK, part.v_BGSK, scale=scale)
+                partial = partial._replace(lse_BHT=jnp.where(part.visible_BTS, partial.lse_BHT, -jnp.inf))
+            else:
+                partial = attend(q, *part, scale=scale)
+            pieces.append(partial)
+        partials.append(Partial(*(jnp.concatenate(x, axis=2) for x in zip(*pieces, strict=True))))
+    o, lse = merge(*partials)
     o = o.astype(q_BHTK.dtype)
-    return o, (q_BHTK, sources, o, lse)
+    return o, (q_BHTK, own, others, o, lse)
 
 
 def _attention_backward(scale, saved, do_BHTK):
-    q_BHTK, sources, o, lse = saved
-    G, dtype = sources[0].k_BGSK.shape[1], q_BHTK.dtype
+    q_BHTK, own, others, o_BHTK, lse_BHT = saved
+    # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o).
+    delta_BHT = jnp.sum(do_BHTK.astype(jnp.float32) * o_BHTK.astype(jnp.float32), axis=-1)
+    dq_BHTK, grads = jnp.zeros(q_BHTK.shape, jnp.float32), []
+    for source in (own, *others):
+        dqs, dk, dv = [], 0.0, 0.0
+        for queries, part in _parts(source, q_BHTK.shape[2], source is own):
+            of = lambda x, queries=queries: x[:, :, queries]
+            dq, *dkv = _source_backward(of(q_BHTK), part, of(lse_BHT), of(delta_BHT), of(do_BHTK), scale)
+            rest = source.k_BGSK.shape[2] - part.k_BGSK.shape[2]
+            wide = [jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, 0))) if rest else x for x in dkv]
+            dqs, dk, dv = [*dqs, dq], dk + wide[0], dv + wide[1]
+        dq_BHTK += jnp.concatenate(dqs, axis=2)
+        grads.append(Source(dk.astype(source.k_BGSK.dtype), dv.astype(source.v_BGSK.dtype)))
+    return dq_BHTK.astype(q_BHTK.dtype), grads[0], tuple(grads[1:])
+
+
+def _source_backward(q_BHTK, source, lse_BHT, delta_BHT, do_BHTK, scale):
+    """(dq, dk, dv) of one source, float32, from the merged log-sum-exp and delta = do . o.
+
+    Scores are [S, Q] here: every product but that for dq then reads its operands as they lie.
+    """
+    k, v, visible_BTS = source
+    G, dtype = k.shape[1], q_BHTK.dtype
     q, do = grouped(q_BHTK, G), grouped(do_BHTK, G)
-    # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o). Scores are [S, Q] here: every product
-    # but that for dq then reads its operands as they lie.
-    lse_BG1Q = lse.reshape(*q.shape[:2], 1, q.shape[2])
-    delta_BG1Q = jnp.sum(do.astype(jnp.float32) * grouped(o, G).astype(jnp.float32), axis=-1)[:, :, None, :]
-    dq, grads = 0.0, []
-    for k, v, visible_BTS in sources:
-        s_BGSQ = _product("bgsk,bgqk->bgsq", k, q) * scale
-        if visible_BTS is not None:
-            repeats = q.shape[2] // visible_BTS.shape[1] if visible_BTS.shape[1] > 1 else 1
-            visible_BSQ = jnp.tile(jnp.swapaxes(visible_BTS, 1, 2), (1, 1, repeats))
-            s_BGSQ = jnp.where(visible_BSQ[:, None], s_BGSQ, -jnp.inf)
-        p = _made(jnp.exp(s_BGSQ - lse_BG1Q))
-        dv = _product("bgsq,bgqk->bgsk", p.astype(dtype), do)
-        ds = _made((p * (_product("bgsk,bgqk->bgsq", v, do) - delta_BG1Q) * scale).astype(dtype))
-        dk = _product("bgsq,bgqk->bgsk", ds, q)
-        dq += jnp.swapaxes(_made(_product("bgsk,bgsq->bgkq", k, ds)), 2, 3)
-        grads.append(Source(dk.astype(k.dtype), dv.astype(v.dtype)))
-    return dq.reshape(q_BHTK.shape).astype(dtype), tuple(grads)
+    if _by_row(source):
+        lse_BHT = jnp.where(visible_BTS, lse_BHT, jnp.inf)  # exp(s - inf) = 0
+        visible_BTS = None
+    lse, delta = (x.reshape(*q.shape[:2], 1, q.shape[2]) for x in (lse_BHT, delta_BHT))
+    s_BGSQ = _product("bgsk,bgqk->bgsq", k, q) * scale
+    if visible_BTS is not None:
+        repeats = q.shape[2] // visible_BTS.shape[1] if visible_BTS.shape[1] > 1 else 1
+        visible_BSQ = jnp.tile(jnp.swapaxes(visible_BTS, 1, 2), (1, 1, repeats))
+        s_BGSQ = jnp.where(visible_BSQ[:, None], s_BGSQ, -jnp.inf)
+    p = _made(jnp.exp(s_BGSQ - lse))
+    dv = _product("bgsq,bgqk->bgsk", p.astype(dtype), do)
+    ds = _made((p * (_product("bgsk,bgqk->bgsq", v, do) - delta) * scale).astype(dtype))
+    dk = _product("bgsq,bgqk->bgsk", ds, q)
+    dq = jnp.swapaxes(_made(_product("bgsk,bgsq->bgkq", k, ds)), 2, 3)
+    return dq.reshape(q_BHTK.shape), dk, dv
 
 
 attention.defvjp(_attention_forward, _attention_backward)

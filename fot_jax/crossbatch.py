@@ -205,13 +205,8 @@ def crossbatch_attention(
         if rows.start == rows.stop:
             continue
         segments = None if segment_ids_BT is None else segment_ids_BT[rows]
-        # Of the causal triangle, the first half of the queries needs only the first half of the keys.
-        halves = ((0, T // 2), (T // 2, T)) if T % 2 == 0 and T >= 32 else ((0, T),)
-        parts = []
-        for start, stop in halves:
-            own = attention.Source(k[rows, :, :stop], v_BGTK[rows, :, :stop], local_mask(start, stop, segments))
-            parts.append(attention.attention(q[rows, :, start:stop], (own, *read), scale))
-        out.append(jnp.concatenate(parts, axis=2))
+        own = attention.Source(k[rows], v_BGTK[rows], local_mask(T, segments))
+        out.append(attention.attention(q[rows], own, read, scale))
     return jnp.concatenate(out, axis=0)
 
 
@@ -226,31 +221,29 @@ def _context_sources(
     """The contexts of the reading rows, un-rotated, a few to a source."""
     T, C = k_BGTK.shape[2], plan.n_contexts
     size = max(1, _SOURCE_KEYS // T)
-    seen = plan.visible[plan.rows - plan.block_rows :]
     sources = []
     for first in range(0, C, size):
         some = dataclasses.replace(
             plan, sources=plan.sources[first : first + size], offsets=plan.offsets[first : first + size]
         )
+        seen = plan.visible[plan.rows - plan.block_rows :, first : first + size]
         visible = None
-        if segment_ids_BT is not None or not seen[:, first : first + size].all():
-            visible = jnp.asarray(np.repeat(seen[:, first : first + size], T, axis=1))
-            if segment_ids_BT is not None:
-                visible &= contexts(some, segment_ids_BT, axis=1) > 0
-            visible = visible[:, None, :]
+        if not seen.all():
+            # Of a single context a row sees all or nothing.
+            visible = jnp.asarray(np.repeat(seen, T if size > 1 else 1, axis=1))[:, None, :]
+        if segment_ids_BT is not None:
+            written = (contexts(some, segment_ids_BT, axis=1) > 0)[:, None, :]
+            visible = written if visible is None else visible & written
         sources.append(attention.Source(contexts(some, k_BGTK), contexts(some, v_BGTK), visible))
     return tuple(sources)
 
 
-def local_mask(start: int, stop: int, segment_ids_BT: Array | None) -> Array:
-    """bool [B or 1, stop - start, stop]: which keys 0..stop-1 of its window queries start..stop-1 see.
-
-    Causal, and within a segment where segments are given. Padding sees only padding.
-    """
-    causal = jnp.asarray(np.tri(stop, dtype=bool)[None, start:stop])
+def local_mask(length: int, segment_ids_BT: Array | None) -> Array:
+    """bool [B or 1, T, T]: causal, and within a segment where segments are given. Padding sees only padding."""
+    causal = jnp.asarray(np.tri(length, dtype=bool)[None])
     if segment_ids_BT is None:
         return causal
-    return causal & (segment_ids_BT[:, start:stop, None] == segment_ids_BT[:, None, :stop])
+    return causal & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
 
 
 def loss_rows(plan: Plan, loss_on_previous: bool) -> np.ndarray:

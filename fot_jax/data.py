@@ -186,11 +186,23 @@ class Source:
             tokenizer_fingerprint and documents by number.
         weight: share of the documents drawn, relative to the other sources' weights.
         min_tokens: shorter documents are left out.
+        max_tokens: longer documents are cut into documents of so many tokens, to be shuffled by themselves; 0: whole.
     """
 
     documents: Any
     weight: float = 1.0
     min_tokens: int = 0
+    max_tokens: int = 0
+
+    def pieces(self) -> np.ndarray:
+        """int64 [documents drawn from, 3]: number of the stored document, first token and end in it."""
+        lengths = np.asarray(self.documents.lengths, np.int64)
+        kept = np.flatnonzero(lengths >= max(self.min_tokens, 1))
+        size = self.max_tokens or int(lengths.max(initial=1))
+        counts = -(-lengths[kept] // size)
+        document = np.repeat(kept, counts)
+        start = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * size
+        return np.stack([document, start, np.minimum(start + size, lengths[document])], axis=1)
 
 
 # Draws come in blocks in which each source has its exact share, in shuffled order.
@@ -225,8 +237,8 @@ class Mixture:
         if repeat and seed is None:
             raise ValueError("seed is None; a mixture that repeats wants an integer")
         self.sources = tuple(sources)
-        self._kept = [np.flatnonzero(np.asarray(s.documents.lengths) >= max(s.min_tokens, 1)) for s in sources]
-        for i, (source, kept) in enumerate(zip(sources, self._kept, strict=True)):
+        self._pieces = [source.pieces() for source in sources]
+        for i, (source, kept) in enumerate(zip(sources, self._pieces, strict=True)):
             if not source.weight > 0:
                 raise ValueError(f"source {i}: weight is {source.weight}; wanted more than 0")
             if not len(kept):
@@ -238,35 +250,41 @@ class Mixture:
                 raise ValueError(f"source {i}: made with another tokenizer than source 0; wanted the same")
         self.bos_id, self.eos_id, self.pad_id = first.bos_id, first.eos_id, first.pad_id
         self.vocab_size: int = first.vocab_size
-        self.n_documents = None if repeat else sum(map(len, self._kept))
+        self.n_documents = None if repeat else sum(map(len, self._pieces))
         self._seed, self._quotas = seed, _quotas([s.weight for s in sources])
-        self._ends = np.cumsum(list(map(len, self._kept)))
-        parts = [(s.documents.fingerprint, s.weight, s.min_tokens) for s in sources]
+        self._ends = np.cumsum(list(map(len, self._pieces)))
+        parts = [(s.documents.fingerprint, s.weight, s.min_tokens, s.max_tokens) for s in sources]
         self.fingerprint = hash_of(parts, seed, repeat)
 
     def locate(self, n: int) -> tuple[int, int]:
         """Source and number within the source's documents of draw n."""
+        source, (document, _, _) = self._draw(n)
+        return source, document
+
+    def _draw(self, n: int) -> tuple[int, tuple[int, int, int]]:
+        """Source of draw n; number within its documents, first token and end."""
         if self.n_documents is None:
             picks, ranks = _draws(self._quotas, self._seed, n // _BLOCK)
             source = int(picks[n % _BLOCK])
-            kept = self._kept[source]
+            kept = self._pieces[source]
             epoch, rank = divmod(n // _BLOCK * self._quotas[source] + int(ranks[n % _BLOCK]), len(kept))
-            return source, int(kept[_permutation(len(kept), self._seed, source, epoch)[rank]])
+            return source, tuple(kept[_permutation(len(kept), self._seed, source, epoch)[rank]].tolist())
         if not 0 <= n < self.n_documents:
             raise IndexError(f"draw {n}; there are {self.n_documents}")
         place = n if self._seed is None else int(_permutation(self.n_documents, self._seed)[n])
         source = int(np.searchsorted(self._ends, place, side="right"))
-        return source, int(self._kept[source][place - (self._ends[source - 1] if source else 0)])
+        return source, tuple(self._pieces[source][place - (self._ends[source - 1] if source else 0)].tolist())
 
     def length(self, n: int) -> int:
         """Tokens of draw n, without BOS and EOS."""
-        source, i = self.locate(n)
-        return int(self.sources[source].documents.lengths[i])
+        _, (_, start, stop) = self._draw(n)
+        return stop - start
 
     def tokens(self, n: int) -> np.ndarray:
         """Draw n as `<bos> document <eos>`, int32."""
-        source, i = self.locate(n)
-        return np.concatenate([[self.bos_id], self.sources[source].documents[i], [self.eos_id]]).astype(np.int32)
+        source, (document, start, stop) = self._draw(n)
+        tokens = self.sources[source].documents[document][start:stop]
+        return np.concatenate([[self.bos_id], tokens, [self.eos_id]]).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=32)

@@ -368,8 +368,8 @@ def topk_attention(
     B, M, G, K = k_BMGK.shape
     if v_BMGK.shape[:3] != (B, M, G) or q_BTHK.shape[0] != B or q_BTHK.shape[3] != K or q_BTHK.shape[2] % G:
         raise ValueError(
-            f"queries {q_BTHK.shape}, keys {k_BMGK.shape} and values {v_BMGK.shape} do not fit: wanted [B, T, H, K] and "
-            "twice [B, M, G, K] with H a multiple of G"
+            f"queries {q_BTHK.shape}, keys {k_BMGK.shape} and values {v_BMGK.shape} do not fit: wanted "
+            "[B, T, H, K] and twice [B, M, G, K] with H a multiple of G"
         )
     if length_B.shape != (B,):
         raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")

@@ -1,4 +1,4 @@
-"""The configuration of a run: every key with its default, its checks, and what it means: model, optimizer, batch, data."""
+"""The configuration of a run: every key with its default, its checks, and what it means for model, optimizer, data."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def default_config() -> ConfigDict:
             log_every=10,
             loss_chunk=0,  # tokens whose float32 logits exist at a time; 0: all of a microbatch
             remat="none",  # none, full or dots; see model.forward
+            unroll=False,  # whether layers of a kind are compiled one by one, for CPUs; see model.forward
             # A named size, or that of init_from; any field of ModelConfig stated here replaces it.
             model=dict(
                 size="",
@@ -79,6 +80,7 @@ def default_config() -> ConfigDict:
                 train=(),  # sources, as sources.open_corpus takes them: file, folder, python:train, tfds:NAME:SPLIT
                 weights=(),  # of the training sources' documents; none: equal
                 min_tokens=(),  # shortest document taken of each training source; none: no limit
+                max_tokens=0,  # training documents are cut into documents of so many tokens, and shuffled; 0: whole
                 validation=(),  # held-out sources
                 field="text",  # that holds the text, where documents have fields
                 skip_short=False,  # leave out documents of fewer than two tokens, instead of refusing them
@@ -373,13 +375,15 @@ def data_source(config: ConfigDict, split: str, tokenizer: Tokenizer, prepared: 
         raise ValueError(
             f"data.weights or data.min_tokens has {len(wrong[0])} values; wanted {len(names)}, one a source, or none"
         )
+    longest = c.max_tokens if split == "train" else 0
     weights, shortest = each[0] or (1.0,) * len(names), each[1] or (0,) * len(names)
     sets = [
         data.prepare(sources.open_corpus(source, field=c.field), tokenizer, prepared, skip_short=c.skip_short)
         for source in names
     ]
     parts = [
-        data.Source(documents, weight, least) for documents, weight, least in zip(sets, weights, shortest, strict=True)
+        data.Source(documents, weight, least, longest)
+        for documents, weight, least in zip(sets, weights, shortest, strict=True)
     ]
     if split == "train":
         return data.Mixture(parts, seed=c.seed)

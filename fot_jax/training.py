@@ -137,6 +137,7 @@ class LossOptions:
 
     loss_chunk: int = 0
     remat: str = "none"
+    unroll: bool = False
     separate: str = "padding"
     loss_on_previous: bool = True
 
@@ -154,8 +155,15 @@ def loss_sums(
         mask_BT = mask_BT & crossbatch.loss_rows(plan, False)[:, None]
     if options.separate != "documents":
         segments_BT = (segments_BT > 0).astype(jnp.int32) if options.separate == "padding" else None
-    remat = options.remat
-    hidden_BTD = model.forward(config, params, batch["tokens"], plan=plan, segment_ids_BT=segments_BT, remat=remat)
+    hidden_BTD = model.forward(
+        config,
+        params,
+        batch["tokens"],
+        plan=plan,
+        segment_ids_BT=segments_BT,
+        remat=options.remat,
+        unroll=options.unroll,
+    )
     key = "embed" if config.tie_embeddings else "head"
     arguments = ({key: params[key]}, hidden_BTD, batch["targets"], mask_BT)
     if options.loss_chunk:
@@ -316,7 +324,9 @@ def train(
     model_config, mesh = check(config, workdir)
     workdir = pathlib.Path(workdir).absolute()
     optimizer, rate, c = make_optimizer(config), learning_rate(config), config.checkpoint
-    options = LossOptions(config.loss_chunk, config.remat, config.batch.separate, config.crossbatch.loss_on_previous)
+    options = LossOptions(
+        config.loss_chunk, config.remat, config.unroll, config.batch.separate, config.crossbatch.loss_on_previous
+    )
     with jax.set_mesh(mesh), _stop_signals() as stop:
         saved = checkpoint.Checkpoints(
             workdir, model_config, save_every=c.every, keep_last=c.keep_last, keep_every=c.keep_every

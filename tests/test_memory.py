@@ -269,7 +269,7 @@ operation = st.one_of(
 )
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(st.lists(operation, min_size=1, max_size=12))
 def test_a_cache_is_a_list_of_tokens_a_row(operations):
     config = CONFIG.replace(d_model=8, head_size=2)

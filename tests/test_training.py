@@ -221,8 +221,9 @@ def test_adafactor_accumulating_over_blocks_on_a_mesh_lowers_the_loss(tmp_path, 
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def test_lion_lowers_the_loss(tmp_path):
-    config = toy.config(optimizer__name="lion", optimizer__learning_rate=0.003, steps=12, checkpoint__every=100)
+@pytest.mark.parametrize("name, rate", [("lion", 0.003), ("muon", 0.01)])
+def test_other_optimizers_lower_the_loss(name, rate, tmp_path):
+    config = toy.config(optimizer__name=name, optimizer__learning_rate=rate, steps=12, checkpoint__every=100)
     training.train(config, tmp_path, toy.Batches())
     loss = read_metrics(tmp_path)
     assert loss[12] < loss[1] - 0.1

@@ -209,8 +209,10 @@ def run(
     recall = {str(m): float(np.exp(x.recall)) for m, x in found.items()}
     any_ = next(iter(found.values()))
     return Report(
-        title=f"perplexity by memory length: {options.mode}-document, {options.reading} reading, window {config.window},\n"
-        f"{any_.tokens:,} tokens of {len(documents)} documents, of them {any_.recall_tokens:,} recall tokens",
+        title=(
+            f"perplexity by memory length: {options.mode}-document, {options.reading}, window {config.window},\n"
+            f"{any_.tokens:,} tokens of {len(documents)} documents, {any_.recall_tokens:,} of them recall tokens"
+        ),
         columns=("memory tokens", "perplexity", "on recall tokens"),
         rows=tuple((m, perplexity[str(m)], recall[str(m)]) for m in found),
         values=dict(
