@@ -274,6 +274,7 @@ def decode(
     Returns:
         int32 [B, max_new_tokens], padded after the eos; the reader after the last of them.
     """
+    blocks = model.layers(config, params)
     pad = jnp.int32(next((i for i in (config.pad_id, config.eos_id) if i is not None), 0))
 
     def more(carry):
@@ -292,7 +293,7 @@ def decode(
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
         local, mem = make_room(config, reader.local, reader.mem, spill)
         hidden, keys, values = model.read_window(
-            config, params, token_B[:, None], mem=mem, local=local, reading=reading
+            config, params, token_B[:, None], mem=mem, local=local, reading=reading, blocks=blocks
         )
         local = memories.append(local, keys, values)
         reader = Reader(model.logits(config, params, hidden)[:, 0], ended_B, local, mem)

@@ -336,6 +336,7 @@ def read_window(
     local: memory.Cache | None = None,
     valid_BT: Array | None = None,
     reading: memory.Reading = memory.DENSE,
+    blocks: list[Params] | None = None,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """The model over tokens that follow what `local` holds of the open window, with `mem` before it. Caches are only
     read.
@@ -346,6 +347,7 @@ def read_window(
         local: the open window so far, one layer for each of the model's; None: it starts here.
         valid_BT: bool, False for padding, which no token sees. None: all valid.
         reading: how memory is read.
+        blocks: `layers(config, params)`, taken apart before where a loop over tokens should not do it each time.
 
     Returns:
         hidden [B, T, D] as from `forward`; the tokens' un-rotated keys and values, [B, G, T, K] for each layer, to be
@@ -365,7 +367,7 @@ def read_window(
 
     scale, keys_values = score_scale(config), []
     x_BTD = embed(config, params, tokens_BT)
-    for number, block in enumerate(layers(config, params)):
+    for number, block in enumerate(layers(config, params) if blocks is None else blocks):
         m = config.mem_layers.index(number) if number in config.mem_layers else None
         rotates = m is None or config.mem_positionals
 

@@ -142,9 +142,9 @@ def test_plans_that_do_not_fit(make, message):
 
 
 def test_a_batch_that_is_not_the_plans():
-    params = reference.random_params(CONFIG)
+    x = np.zeros((3, 2, T, 4), np.float32)
     with pytest.raises(ValueError, match="batch has 3 rows; the crossbatch plan is for 4"):
-        model.crossbatch_forward(CONFIG, params, jnp.zeros((3, T), jnp.int32), crossbatch.published_plan(4, 1))
+        crossbatch.crossbatch_attention(crossbatch.published_plan(4, 1), x, x, x, None, None, scale=1.0)
 
 
 # The model under a plan, against the whole model in NumPy float64.
@@ -281,26 +281,30 @@ def test_grouped_queries_equal_heads_repeated_in_values_and_gradients(plan):
 
 
 @pytest.mark.parametrize(
-    ("length", "plan", "mem_positionals"),
+    ("length", "plan", "mem_positionals", "with_segments"),
     [
-        (200, crossbatch.published_plan(4, 3, 2, True), True),
-        (201, crossbatch.block_plan(6, 3), False),
+        (40, crossbatch.published_plan(4, 3, 2, True), True, True),
+        (41, crossbatch.block_plan(6, 3), False, True),
+        (50, crossbatch.published_plan(4, 3, 2, True), True, False),
     ],
 )
-def test_long_windows_in_values_and_gradients(length, plan, mem_positionals):
-    # Long enough for whatever is done in pieces to be done in pieces.
+def test_long_windows_in_values_and_gradients(monkeypatch, length, plan, mem_positionals, with_segments):
+    # Long enough for windows to be read in halves and contexts in groups: 2 and 1, or one by one.
+    monkeypatch.setattr(crossbatch, "_SOURCE_KEYS", 80)
     B, H, K, scale = plan.rows, 2, 4, 0.5
     rng = np.random.default_rng(0)
     q, k, v = arrays = [rng.standard_normal((B, heads, length, K)).astype(np.float32) for heads in (H, 1, 1)]
     ids = np.repeat(rng.integers(1, 4, (B, 4)).cumsum(1), -(-length // 4), axis=1)[:, :length].astype(np.int32)
     ids[1, length - 7 :], ids[2, :5] = 0, 0
+    ids = ids if with_segments else np.ones_like(ids)
     weight = rng.standard_normal(q.shape) * (ids > 0)[:, None, :, None]
     angles = attention.rotary_angles(jnp.arange(length), K, 100.0) if mem_positionals else None
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     def found(q, k, v):
-        o = crossbatch.crossbatch_attention(plan, q, k, v, angles, jnp.asarray(ids), scale=scale)
+        given = jnp.asarray(ids) if with_segments else None
+        o = crossbatch.crossbatch_attention(plan, q, k, v, angles, given, scale=scale)
         return jnp.sum(o * weight.astype(np.float32)), o
 
     def wanted(q, k, v):

@@ -22,6 +22,7 @@ from fot_jax.evals import Report, perplexity
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODELS = ("fot", "standard")
+STAGES = (1, 2)
 
 
 def command(*words: str, log: pathlib.Path | None = None, core: int | None = None) -> subprocess.Popen:
@@ -61,11 +62,12 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="results/quickstart", help="folder for everything that is made")
-    parser.add_argument("--long", action="store_true", help="more steps of the same: about an hour and a half")
+    parser.add_argument("--long", action="store_true", help="four times the steps")
     args = parser.parse_args()
     out, start = pathlib.Path(args.out).absolute(), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     length = ",long" if args.long else ""
+    stage = lambda which, n: out / f"{which}{n}"
 
     tokenizer = out / "tokenizer.model"
     if not tokenizer.exists():
@@ -74,24 +76,26 @@ def main() -> None:
                 "-m", "fot_jax.data", "train-tokenizer", "python:train", f"--output={tokenizer}", "--vocab_size=1024"
             )
         )
-    train = lambda which: (
+    train = lambda which, n: (
         "train.py",
-        f"--config=configs/quickstart.py:{which}{length}",
-        f"--workdir={out / which}",
+        f"--config=configs/quickstart.py:{which},{n}{length}",
+        f"--workdir={stage(which, n)}",
         f"--config.data.tokenizer={tokenizer}",
         f"--config.data.prepared={out / 'data'}",
+        f"--config.init_from={stage(which, n - 1) if n > 1 else ''}",
     )
-    side_by_side({which: train(which) for which in MODELS}, out)
+    for n in STAGES:
+        side_by_side({f"{which}{n}": train(which, n) for which in MODELS}, out)
     trained = time.monotonic()
     evaluate = lambda which: (
         "eval.py",
         "--config=configs/eval/quickstart.py",
-        f"--checkpoint={out / which}",
+        f"--checkpoint={stage(which, STAGES[-1])}",
         f"--config.data.prepared={out / 'data'}",
     )
     side_by_side({f"{which}_eval": evaluate(which) for which in MODELS}, out)
 
-    found = {which: json.loads((out / which / "eval" / "perplexity.json").read_text()) for which in MODELS}
+    found = {which: json.loads((stage(which, STAGES[-1]) / "eval" / "perplexity.json").read_text()) for which in MODELS}
     report = compare(found)
     report.write(out, "metrics")
     (out / "metrics.png").replace(out / "quickstart.png")
