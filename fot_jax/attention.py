@@ -4,7 +4,8 @@ Every source of keys and values (local window, cache, memory, other rows of the 
 average and the log of its sum of exponentials. `merge` of partials is the softmax over the union of their keys,
 exactly: one softmax over the local window and memory (arXiv 2307.03170, section 3.1), however the keys are stored.
 
-Arrays are head-major: q_BHTK, k_BGSK, v_BGSK. Query head h reads key/value head h // (H / G).
+Arrays are head-major: q_BHTK, k_BGSK, v_BGSK. Query head h reads key/value head h // (H / G). Caches have their slots
+last, [B, G, K, S]: a CPU reads them twice as fast for a single query, and no slower for many.
 """
 
 from __future__ import annotations
@@ -47,19 +48,23 @@ def rotary_angles(positions: Array, head_size: int, base: float) -> Angles:
     return Angles(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x_BHTK: Array, angles: Angles) -> Array:
+def rotate(x_BHTK: Array, angles: Angles, slots_last: bool = False) -> Array:
     """`x` with dimension i and i + K/2 rotated as a pair (the half-split layout of Hugging Face checkpoints).
 
     Args:
         x_BHTK: queries or keys, any dtype.
         angles: of shape [T, K/2], or [B, T, K/2] where rows are at positions of their own.
+        slots_last: whether x is [B, H, K, T], as caches are.
 
     Returns:
-        [B, H, T, K] of x's dtype, computed in float32.
+        An array like x, computed in float32.
     """
     cos, sin = (a.reshape(-1, 1, *a.shape[-2:]) for a in angles)
-    first, second = jnp.split(x_BHTK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    if slots_last:
+        cos, sin = jnp.swapaxes(cos, 2, 3), jnp.swapaxes(sin, 2, 3)
+    axis = 2 if slots_last else 3
+    first, second = jnp.split(x_BHTK.astype(jnp.float32), 2, axis=axis)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=axis)
     return rotated.astype(x_BHTK.dtype)
 
 
@@ -76,19 +81,21 @@ def grouped(q_BHTK: Array, n_kv_heads: int) -> Array:
     return q_BHTK.reshape(B, n_kv_heads, H // n_kv_heads * T, K)
 
 
-def scores(q_BGQK: Array, k_BGSK: Array) -> Array:
-    """Inner products, float32 [B, G, Q, S]."""
+def scores(q_BGQK: Array, k_BGSK: Array, slots_last: bool = False) -> Array:
+    """Inner products, float32 [B, G, Q, S], with keys [B, G, S, K], or [B, G, K, S] if `slots_last`."""
     # Operands of different dtypes meet in the wider one: what memory stores is what is compared.
     dtype = jnp.promote_types(q_BGQK.dtype, k_BGSK.dtype)
-    q, k = q_BGQK.astype(dtype), k_BGSK.astype(dtype)
-    if q.shape[2] == 1:
-        # One query: with the keys as left operand a CPU reads them where they lie, and does not transpose them first.
-        return _product("bgsk,bgqk->bgsq", k, q).reshape(*q.shape[:3], k.shape[2])
-    return _product("bgqk,bgsk->bgqs", q, k)
+    return _product("bgqk,bgks->bgqs" if slots_last else "bgqk,bgsk->bgqs", q_BGQK.astype(dtype), k_BGSK.astype(dtype))
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    """An einsum with float32 sums. Where the left operand has a single query, its axis is left out: a CPU then reads
+    the other operand where it lies, at the speed of memory.
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    if equation.startswith("bgq") and a.shape[2] == 1:
+        return product(equation.replace("q", ""), a[:, :, 0], b)[:, :, None]
+    return product(equation, a, b)
 
 
 def _seen(s_BGQS: Array, visible_BTS: Array | None, hidden: float) -> Array:
@@ -99,7 +106,15 @@ def _seen(s_BGQS: Array, visible_BTS: Array | None, hidden: float) -> Array:
     return jnp.where(jnp.tile(visible_BTS, (1, repeats, 1))[:, None], s_BGQS, hidden)
 
 
-def attend(q_BHTK: Array, k_BGSK: Array, v_BGSK: Array, visible_BTS: Array | None = None, *, scale: float) -> Partial:
+def attend(
+    q_BHTK: Array,
+    k_BGSK: Array,
+    v_BGSK: Array,
+    visible_BTS: Array | None = None,
+    *,
+    scale: float,
+    slots_last: bool = False,
+) -> Partial:
     """softmax(scale q k^T) v over the visible keys, as a partial.
 
     Args:
@@ -107,15 +122,17 @@ def attend(q_BHTK: Array, k_BGSK: Array, v_BGSK: Array, visible_BTS: Array | Non
         k_BGSK, v_BGSK: keys and values, of any dtype; products are taken in the wider dtype, sums in float32.
         visible_BTS: bool, which keys a query sees; axes of 1 serve all rows or queries. None: all of them.
         scale: what scores are multiplied by.
+        slots_last: whether keys and values are [B, G, K, S], as caches are.
     """
     q_BGQK = grouped(q_BHTK, k_BGSK.shape[1])
-    s_BGQS = _seen(scores(q_BGQK, k_BGSK) * scale, visible_BTS, -jnp.inf)
+    s_BGQS = _seen(scores(q_BGQK, k_BGSK, slots_last) * scale, visible_BTS, -jnp.inf)
     top = jnp.max(s_BGQS, axis=-1, keepdims=True)
     p_BGQS = _made(jnp.exp(s_BGQS - jnp.where(top == -jnp.inf, 0.0, top)))
     total = jnp.sum(p_BGQS, axis=-1, keepdims=True)
     safe = jnp.where(total == 0.0, 1.0, total)
     dtype = jnp.promote_types(q_BHTK.dtype, v_BGSK.dtype)
-    o_BGQK = _product("bgqs,bgsk->bgqk", p_BGQS.astype(dtype), v_BGSK.astype(dtype)) / safe
+    equation = "bgqs,bgks->bgqk" if slots_last else "bgqs,bgsk->bgqk"
+    o_BGQK = _product(equation, p_BGQS.astype(dtype), v_BGSK.astype(dtype)) / safe
     lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
     return Partial(o_BGQK.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
 

@@ -236,7 +236,7 @@ def make_room(
     """
     size = local.capacity if spill == "block" else max(1, local.capacity // 8)
     count_B = jnp.where(local.length_B >= local.capacity, size, 0)
-    oldest = lambda arrays: tuple(x[:, :, :size] for x in _memory_layers(config, arrays))
+    oldest = lambda arrays: tuple(x[..., :size] for x in _memory_layers(config, arrays))
     room = lambda mem: memories.append(mem, oldest(local.keys), oldest(local.values), count_B)
     full = jnp.any(count_B > 0)
     mem = jax.lax.cond(full, room, lambda mem: mem, mem)
@@ -295,8 +295,11 @@ def decode(
         hidden, keys, values = model.read_window(
             config, params, token_B[:, None], mem=mem, local=local, reading=reading, blocks=blocks
         )
-        local = memories.append(local, keys, values)
-        reader = Reader(model.logits(config, params, hidden)[:, 0], ended_B, local, mem)
+        logits_BV = model.logits(config, params, hidden)[:, 0]
+        # Only this zero makes the append wait for the last read of the cache; without it, it is made in a copy.
+        zero_B = jnp.minimum(jnp.argmax(logits_BV, axis=-1), 0).astype(jnp.int32)
+        local = dataclasses.replace(local, length_B=local.length_B + zero_B)
+        reader = Reader(logits_BV, ended_B, memories.append(local, keys, values), mem)
         return step + 1, out_BN, key, reader
 
     out_BN = jnp.full((reader.ended_B.shape[0], max_new_tokens), pad)

@@ -1,7 +1,7 @@
 """Caches as pytrees of fixed capacity, and the two ways of reading memory: dense, and exact top-k.
 
-Memory is what a memory layer keeps of everything before the open window: un-rotated keys, and values, both [B, G, M,
-K], of which the first `length_B[b]` slots of row b are filled, oldest first. Local caches hold un-rotated keys too,
+Memory is what a memory layer keeps of everything before the open window: un-rotated keys, and values, both [B, G, K,
+M], of which the first `length_B[b]` slots of row b are filled, oldest first. Local caches hold un-rotated keys too,
 so that spilling a window into memory is a copy. Nothing here is mutable and no slot holds a sentinel: what is filled
 is said by lengths alone.
 """
@@ -21,7 +21,6 @@ from fot_jax.config import ModelConfig
 
 Array = jax.Array
 
-SCORE_BYTES = 64 * 2**20  # scores held at a time, whatever the lengths of queries and memory
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
 INT32_MAX = 2**31 - 1
 
@@ -32,7 +31,7 @@ class Cache:
     """Keys and values of some layers, appended to in place when donated.
 
     Attributes:
-        keys, values: one [B, G, M, K] array a layer; un-rotated keys.
+        keys, values: one [B, G, K, M] array a layer; un-rotated keys.
         length_B: int32, slots filled in every layer.
     """
 
@@ -43,7 +42,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """M, slots a row can hold."""
-        return self.keys[0].shape[2] if self.keys else 0
+        return self.keys[0].shape[3] if self.keys else 0
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +58,7 @@ def init_cache(config: ModelConfig, batch: int, layers: int, capacity: int, dtyp
     """
     if not 0 <= capacity <= INT32_MAX:
         raise ValueError(f"memory capacity is {capacity} tokens; wanted 0..{INT32_MAX}")
-    shape = (batch, config.n_kv_heads, capacity, config.head_size)
+    shape = (batch, config.n_kv_heads, config.head_size, capacity)
     zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))
     return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
@@ -69,18 +68,17 @@ def init_memory(config: ModelConfig, batch: int, capacity: int) -> Cache:
     return init_cache(config, batch, len(config.mem_layers), capacity, config.mem_dtype)
 
 
-def _write(buffer_GMK: Array, new_GTK: Array, start: Array, count: Array) -> Array:
+def _write(buffer_GKM: Array, new_GKT: Array, start: Array, count: Array) -> Array:
     """`buffer` with the first `count` of `new` from slot `start` on; all others as they were."""
-    M, T = buffer_GMK.shape[1], new_GTK.shape[1]
+    M, T = buffer_GKM.shape[2], new_GKT.shape[2]
     # dynamic_slice would move a slice that does not fit; take the last that does, and shift what is written into it.
     first = jnp.clip(start, 0, M - T)
     shift = start - first
-    old = jax.lax.dynamic_slice_in_dim(buffer_GMK, first, T, axis=1)
-    t = jnp.arange(T)[None, :, None]
-    mixed = jnp.where(
-        (t >= shift) & (t < shift + count), jnp.roll(new_GTK.astype(buffer_GMK.dtype), shift, axis=1), old
-    )
-    return jax.lax.dynamic_update_slice_in_dim(buffer_GMK, mixed, first, axis=1)
+    old = jax.lax.dynamic_slice_in_dim(buffer_GKM, first, T, axis=2)
+    t = jnp.arange(T)[None, None, :]
+    new = jnp.roll(new_GKT.astype(buffer_GKM.dtype), shift, axis=2)
+    mixed = jnp.where((t >= shift) & (t < shift + count), new, old)
+    return jax.lax.dynamic_update_slice_in_dim(buffer_GKM, mixed, first, axis=2)
 
 
 def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B: Array | None = None) -> Cache:
@@ -88,7 +86,7 @@ def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B
 
     Args:
         cache: donate it in a jitted caller and it is written in place.
-        keys, values: one [B, G, T, K] array a layer, T at most the capacity.
+        keys, values: one [B, G, K, T] array a layer, T at most the capacity.
         count_B: int32, how many of the T tokens, from the first, each row takes. None: all.
 
     Returns:
@@ -103,7 +101,7 @@ def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B
         )
     if not keys:
         return cache
-    T = keys[0].shape[2]
+    T = keys[0].shape[3]
     if T > cache.capacity:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {cache.capacity}")
     if count_B is None:
@@ -119,7 +117,7 @@ def evict_oldest(cache: Cache, count_B: Array) -> Cache:
     again.
     """
     count_B = jnp.minimum(count_B, cache.length_B)
-    shift = jax.vmap(lambda x_GMK, count: jnp.roll(x_GMK, -count, axis=1))
+    shift = jax.vmap(lambda x_GKM, count: jnp.roll(x_GKM, -count, axis=2))
     each = lambda buffers: tuple(shift(b, count_B) for b in buffers)
     return Cache(each(cache.keys), each(cache.values), cache.length_B - count_B)
 
@@ -130,9 +128,9 @@ def clear(cache: Cache, row_B: Array) -> Cache:
 
 
 def compact(xs: Sequence[Array], valid_BT: Array) -> tuple[Array, ...]:
-    """[B, G, T, K] arrays with each row's valid tokens moved to the front, in order."""
+    """[B, G, K, T] arrays with each row's valid tokens moved to the front, in order."""
     order_BT = jnp.argsort(~valid_BT, axis=1, stable=True)
-    return tuple(jnp.take_along_axis(x, order_BT[:, None, :, None], axis=2) for x in xs)
+    return tuple(jnp.take_along_axis(x, order_BT[:, None, None, :], axis=3) for x in xs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +140,13 @@ class Reading:
     Attributes:
         kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
         k: slots a query retrieves, for "topk".
-        score_bytes: bytes of scores held at a time; longer queries and memories are streamed in blocks.
+        score_bytes: bytes of scores held at a time (None: 2 MiB on a CPU, 256 MiB elsewhere); longer queries and
+            memories are streamed in blocks.
     """
 
     kind: str = "dense"
     k: int | None = None
-    score_bytes: int = SCORE_BYTES
+    score_bytes: int | None = None
 
     def __post_init__(self):
         if self.kind not in ("dense", "topk"):
@@ -162,22 +161,24 @@ DENSE = Reading()
 
 
 def read(
-    reading: Reading, q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, scale: float
+    reading: Reading, q_BHTK: Array, k_BGKM: Array, v_BGKM: Array, length_B: Array, *, scale: float
 ) -> attention.Partial:
     """Attention over memory as a partial, to be merged with the local window's."""
     if reading.kind == "dense":
-        return dense(q_BHTK, k_BGMK, v_BGMK, length_B, scale=scale, score_bytes=reading.score_bytes)
+        return dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale, score_bytes=reading.score_bytes)
     k = reading.k
-    return topk(q_BHTK, k_BGMK, v_BGMK, length_B, k=k, scale=scale, score_bytes=reading.score_bytes)[0]  # type: ignore[arg-type]
+    return topk(q_BHTK, k_BGKM, v_BGKM, length_B, k=k, scale=scale, score_bytes=reading.score_bytes)[0]  # type: ignore[arg-type]
 
 
-def _blocks(queries: int, slots: int, rows: int, score_bytes: int) -> tuple[int, int]:
+def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None) -> tuple[int, int]:
     """Sizes of query and key blocks for which `rows` x queries x slots float32 scores stay within the budget.
 
-    Key blocks get no smaller than 1024 slots, or matrix products would be; queries are split instead, down to one.
+    Key blocks get no smaller than 256 slots, or matrix products would be; queries are split instead, down to one.
     """
+    if score_bytes is None:  # on a CPU scores should stay in its cache; elsewhere large products and few steps count
+        score_bytes = (2 if jax.default_backend() == "cpu" else 256) * 2**20
     budget = max(score_bytes // (4 * rows), 1)
-    slot_block = min(slots, max(budget // queries, min(slots, 1024)))
+    slot_block = min(slots, max(budget // queries, 256))
     return max(1, min(queries, budget // slot_block)), slot_block
 
 
@@ -209,40 +210,42 @@ def _slot_blocks(length_B: Array, slots: int, size: int) -> tuple[Array, Callabl
 
 
 def dense(
-    q_BHTK: Array, k_BGMK: Array, v_BGMK: Array, length_B: Array, *, scale: float, score_bytes: int = SCORE_BYTES
+    q_BHTK: Array, k_BGKM: Array, v_BGKM: Array, length_B: Array, *, scale: float, score_bytes: int | None = None
 ) -> attention.Partial:
     """Attention over all filled slots, streamed over blocks of slots and of queries; cost follows the fill, not the
     capacity.
 
     Args:
         q_BHTK: queries, rotated by their position in the window.
-        k_BGMK, v_BGMK: memory, any dtype.
+        k_BGKM, v_BGKM: memory, any dtype.
         length_B: int32, filled slots of each row.
         scale: what scores are multiplied by.
-        score_bytes: bytes of scores held at a time.
+        score_bytes: bytes of scores held at a time; None: 2 MiB on a CPU, 256 MiB elsewhere.
 
     Returns:
         The partial; zero and -inf for a row whose memory is empty.
     """
     B, H, T, _ = q_BHTK.shape
-    M = k_BGMK.shape[2]
+    M = k_BGKM.shape[3]
     if not M:
         return attention.Partial(jnp.zeros(q_BHTK.shape, jnp.float32), jnp.full((B, H, T), -jnp.inf))
     query_block, slot_block = _blocks(T, M, B * H, score_bytes)
     n_blocks, block = _slot_blocks(length_B, M, slot_block)
 
     def read_block(q: Array) -> attention.Partial:
-        def step(i: Array, so_far: attention.Partial) -> attention.Partial:
+        def step(whole: bool, i: Array, so_far: attention.Partial) -> attention.Partial:
             first, counts = block(i)
-            take = lambda x: x if slot_block == M else jax.lax.dynamic_slice_in_dim(x, first, slot_block, axis=2)
-            return attention.merge(
-                so_far, attention.attend(q, take(k_BGMK), take(v_BGMK), counts[:, None, :], scale=scale)
-            )
+            k, v = (jax.lax.dynamic_slice_in_dim(x, first, slot_block, axis=3) for x in (k_BGKM, v_BGKM))
+            visible = None if whole else counts[:, None, :]
+            return attention.merge(so_far, attention.attend(q, k, v, visible, scale=scale, slots_last=True))
 
-        nothing = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
         if slot_block == M:
-            return step(jnp.int32(0), nothing)
-        return jax.lax.fori_loop(0, n_blocks, step, nothing)
+            visible = (jnp.arange(M)[None, :] < length_B[:, None])[:, None, :]
+            return attention.attend(q, k_BGKM, v_BGKM, visible, scale=scale, slots_last=True)
+        nothing = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+        n_whole = jnp.min(length_B) // slot_block  # filled in every row: no mask
+        so_far = jax.lax.fori_loop(0, n_whole, functools.partial(step, True), nothing)
+        return jax.lax.fori_loop(n_whole, n_blocks, functools.partial(step, False), so_far)
 
     return _over_query_blocks(read_block, q_BHTK, query_block)
 
@@ -268,13 +271,13 @@ def _best(s: Array, k: int) -> tuple[Array, Array]:
 
 def topk(
     q_BHTK: Array,
-    k_BGMK: Array,
-    v_BGMK: Array,
+    k_BGKM: Array,
+    v_BGKM: Array,
     length_B: Array,
     *,
     k: int,
     scale: float,
-    score_bytes: int = SCORE_BYTES,
+    score_bytes: int | None = None,
 ) -> tuple[attention.Partial, Array, Array]:
     """Attention of each query of each head over its k best filled slots by inner product, exactly (arXiv 2307.03170,
     section 3.1).
@@ -283,7 +286,7 @@ def topk(
     Selection is by the unscaled inner product, ties go to the lowest slot.
 
     Args:
-        q_BHTK, k_BGMK, v_BGMK, length_B, scale, score_bytes: as for `dense`.
+        q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes: as for `dense`.
         k: slots to retrieve, at least 1; may exceed what is filled.
 
     Returns:
@@ -292,12 +295,14 @@ def topk(
         -inf there.
     """
     B, H, T, K = q_BHTK.shape
-    G, M = k_BGMK.shape[1], k_BGMK.shape[2]
+    G, M = k_BGKM.shape[1], k_BGKM.shape[3]
     N = min(k, M)
     query_block, slot_block = _blocks(T, max(M, 1), B * H, score_bytes)
     # Retrieved values are [B, H, T, N, K] before they are averaged: they count towards the budget too.
-    query_block = max(1, min(query_block, score_bytes // (4 * B * H * max(N, 1) * K)))
+    query_block = max(1, min(query_block, (score_bytes or 64 * 2**20) // (4 * B * H * max(N, 1) * K)))
     n_blocks, block = _slot_blocks(length_B, M, slot_block)
+
+    v_BGMK = jnp.swapaxes(v_BGKM, 2, 3)
 
     def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
         q_BGQK = attention.grouped(q, G)
@@ -305,8 +310,8 @@ def topk(
 
         def step(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
             first, counts = block(i)
-            keys = k_BGMK if slot_block == M else jax.lax.dynamic_slice_in_dim(k_BGMK, first, slot_block, axis=2)
-            s = jnp.where(counts[:, None, None, :], attention.scores(q_BGQK, keys), -jnp.inf)
+            keys = k_BGKM if slot_block == M else jax.lax.dynamic_slice_in_dim(k_BGKM, first, slot_block, axis=3)
+            s = jnp.where(counts[:, None, None, :], attention.scores(q_BGQK, keys, slots_last=True), -jnp.inf)
             best, index = _best(s, min(N, slot_block))
             # So far comes first: among equals the earlier, lower slot wins.
             joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], first + index], axis=-1)
@@ -319,17 +324,23 @@ def topk(
         top = jnp.max(s * scale, axis=-1, keepdims=True, initial=-jnp.inf)
         p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
         total = jnp.sum(p, axis=-1, keepdims=True)
-        gather = jax.vmap(jax.vmap(lambda v_MK, slots_QN: v_MK[slots_QN]))
-        v_BGQNK = gather(v_BGMK, jnp.maximum(slots, 0)).astype(q.dtype)
+        slots = jnp.maximum(slots, 0)
+        if slots.shape[2] * N < M:  # a few columns of values
+            v_BGKQN = jax.vmap(jax.vmap(lambda v_KM, slots_QN: v_KM[:, slots_QN]))(v_BGKM, slots)
+            v_BGQNK = jnp.moveaxis(v_BGKQN, 2, 4)
+        else:  # so many that the values are turned round first, once for all blocks of queries
+            v_BGQNK = jax.vmap(jax.vmap(lambda v_MK, slots_QN: v_MK[slots_QN]))(v_BGMK, slots)
         weights = jnp.where(filled, p / jnp.where(total == 0.0, 1.0, total), 0.0)
-        o = jnp.einsum("bgqn,bgqnk->bgqk", weights.astype(q.dtype), v_BGQNK, preferred_element_type=jnp.float32)
+        o = jnp.einsum(
+            "bgqn,bgqnk->bgqk", weights.astype(q.dtype), v_BGQNK.astype(q.dtype), preferred_element_type=jnp.float32
+        )
         lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
         heads = lambda x: x.reshape(B, H, q.shape[2], *x.shape[3:])
         return attention.Partial(heads(o), heads(lse[..., 0])), heads(jnp.where(filled, slots, -1)), heads(s)
 
     if not N:
         nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
-        return (dense(q_BHTK, k_BGMK, v_BGMK, length_B, scale=scale), *nothing)
+        return (dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale), *nothing)
     partial, slots, s = _over_query_blocks(read_block, q_BHTK, query_block)
     widen = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, k - N)), constant_values=fill)
     return partial, widen(slots, -1), widen(s, -jnp.inf)
@@ -343,7 +354,7 @@ def topk_attention(
     *,
     k: int,
     scale: float | None = None,
-    score_bytes: int = SCORE_BYTES,
+    score_bytes: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Exact top-k attention over a memory, for use by itself; token-major arrays.
 
@@ -354,7 +365,8 @@ def topk_attention(
         k: slots to retrieve, at least 1; may exceed what is filled.
         scale: what inner products are multiplied by in the softmax; K ** -0.5 by default. Selection is by the inner
             products themselves; ties go to the lowest slot, as in `jax.lax.top_k`.
-        score_bytes: bytes of scores held at a time; beyond, queries and slots are streamed in blocks.
+        score_bytes: bytes of scores held at a time (None: 2 MiB on a CPU, 256 MiB elsewhere); beyond, queries and
+            slots are streamed in blocks.
 
     Returns:
         o_BTHK float32, softmax average of the retrieved values, zero where nothing is filled;
@@ -374,8 +386,8 @@ def topk_attention(
     if length_B.shape != (B,):
         raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")
     major = lambda x: jnp.swapaxes(x, 1, 2)
+    cached = lambda x_BMGK: jnp.transpose(x_BMGK, (0, 2, 3, 1))
     scale = K**-0.5 if scale is None else scale
-    partial, slots, _ = topk(
-        major(q_BTHK), major(k_BMGK), major(v_BMGK), length_B, k=k, scale=scale, score_bytes=score_bytes
-    )
+    arrays = major(q_BTHK), cached(k_BMGK), cached(v_BMGK), length_B
+    partial, slots, _ = topk(*arrays, k=k, scale=scale, score_bytes=score_bytes)
     return major(partial.o_BHTK), major(partial.lse_BHT), major(slots)

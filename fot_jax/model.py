@@ -350,7 +350,7 @@ def read_window(
         blocks: `layers(config, params)`, taken apart before where a loop over tokens should not do it each time.
 
     Returns:
-        hidden [B, T, D] as from `forward`; the tokens' un-rotated keys and values, [B, G, T, K] for each layer, to be
+        hidden [B, T, D] as from `forward`; the tokens' un-rotated keys and values, [B, G, K, T] for each layer, to be
         appended to whichever cache they belong to.
     """
     B, T = tokens_BT.shape
@@ -372,17 +372,18 @@ def read_window(
         rotates = m is None or config.mem_positionals
 
         def attend(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array, number=number, m=m, rotates=rotates) -> Array:
-            turn = attention.rotate if rotates else (lambda x, angles: x)
+            turn = attention.rotate if rotates else (lambda x, angles, slots_last=False: x)
             q = turn(q_BHTK, angles)
             parts = [attention.attend(q, turn(k_BGTK, angles), v_BGTK, visible_BTT, scale=scale)]
             if local is not None:
-                k_BGSK = turn(local.keys[number], slot_angles)
-                parts.append(attention.attend(q, k_BGSK, local.values[number], slot_visible_BTS, scale=scale))
+                k_BGKS = turn(local.keys[number], slot_angles, slots_last=True)
+                cached = k_BGKS, local.values[number], slot_visible_BTS
+                parts.append(attention.attend(q, *cached, scale=scale, slots_last=True))
             if m is not None and mem.capacity:
                 parts.append(memory.read(reading, q, mem.keys[m], mem.values[m], mem.length_B, scale=scale))
             return attention.merge(*parts).o_BHTK.astype(q.dtype)
 
         x_BTD, new = Block(config).apply({"params": block}, x_BTD, attend)
-        keys_values.append(new)
+        keys_values.append([jnp.swapaxes(x_BGTK, 2, 3) for x_BGTK in new])
     keys, values = zip(*keys_values, strict=True)
     return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps), keys, values

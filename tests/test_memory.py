@@ -60,14 +60,21 @@ def brute_force(q_BHTK, k_BGMK, v_BGMK, length_B, k, scale):
 
 
 @functools.partial(jax.jit, static_argnames=("k", "scale", "score_bytes"))
-def topk(q, keys, values, length_B, *, k, scale=SCALE, score_bytes=memory.SCORE_BYTES):
+def topk(q, keys, values, length_B, *, k, scale=SCALE, score_bytes=None):
     """The public function with head-major arrays."""
     major = lambda x: jnp.swapaxes(x, 1, 2)
     found = memory.topk_attention(*map(major, (q, keys, values)), length_B, k=k, scale=scale, score_bytes=score_bytes)
     return tuple(map(major, found))
 
 
-DENSE = jax.jit(memory.dense, static_argnames=("scale", "score_bytes"))
+def cached(x):
+    """[B, G, M, K] as caches have it."""
+    return jnp.swapaxes(x, 2, 3)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "score_bytes"))
+def dense(q, keys, values, length_B, *, scale, score_bytes=None):
+    return memory.dense(q, cached(keys), cached(values), length_B, scale=scale, score_bytes=score_bytes)
 
 
 @pytest.mark.parametrize("name", TOPK_SHAPES)
@@ -127,7 +134,8 @@ def test_topk_of_everything_is_dense(M, k, score_bytes):
     q, keys, values = arrays(rng, 3, 3, 4, 2, 4, M, rng.standard_normal)
     length_B = np.array([M, 0, M // 3], np.int32)
     readings = memory.Reading("dense", score_bytes=score_bytes), memory.Reading("topk", k, score_bytes)
-    both = jax.jit(lambda *arguments: [memory.read(reading, *arguments, scale=SCALE) for reading in readings])
+    read = lambda reading, q, k, v, n: memory.read(reading, q, cached(k), cached(v), n, scale=SCALE)
+    both = jax.jit(lambda *arguments: [read(reading, *arguments) for reading in readings])
     dense, best = both(q, keys, values, length_B)
     np.testing.assert_allclose(best.o_BHTK, dense.o_BHTK, atol=2e-5)
     np.testing.assert_allclose(best.lse_BHT, dense.lse_BHT, atol=2e-5)
@@ -144,7 +152,7 @@ def test_dense_in_blocks_or_not_is_a_float64_softmax(T, M, score_bytes, seed, si
     rng = np.random.default_rng(seed)
     q, keys, values = arrays(rng, 3, T, 4, 2, 4, M, rng.standard_normal)
     length_B = fills(rng, 3, M, 1)
-    found = DENSE(size * q, keys, values, length_B, scale=SCALE, score_bytes=score_bytes)
+    found = dense(size * q, keys, values, length_B, scale=SCALE, score_bytes=score_bytes)
     seen = np.broadcast_to(np.arange(M) < length_B[:, None, None], (3, T, M))
     o, lse = reference.attention(size * q, keys, values, seen, SCALE)
     np.testing.assert_allclose(found.o_BHTK, o, atol=2e-5 * size)
@@ -158,7 +166,7 @@ def test_unfilled_slots_are_never_read():
     length_B = np.array([7, 0], np.int32)
     other_k, other_v = keys.copy(), values.copy()
     other_k[0, :, 7:], other_k[1], other_v[0, :, 7:], other_v[1] = 1e4, -1e4, 1e4, 1e4
-    for read in (functools.partial(DENSE, scale=SCALE), functools.partial(topk, k=9)):
+    for read in (functools.partial(dense, scale=SCALE), functools.partial(topk, k=9)):
         first = read(q, keys, values, length_B, score_bytes=1)
         second = read(q, other_k, other_v, length_B, score_bytes=1)
         jax.tree.map(np.testing.assert_array_equal, first, second)
@@ -167,7 +175,7 @@ def test_unfilled_slots_are_never_read():
 def test_memory_without_a_slot():
     q, empty = np.ones((2, 4, 3, 4), np.float32), np.zeros((2, 2, 0, 4), np.float32)
     length_B = np.zeros(2, np.int32)
-    found = DENSE(q, empty, empty, length_B, scale=SCALE)
+    found = dense(q, empty, empty, length_B, scale=SCALE)
     assert not np.any(found.o_BHTK) and np.all(np.isneginf(found.lse_BHT))
     o, lse, slots = topk(q, empty, empty, length_B, k=3)
     assert not np.any(o) and np.all(np.isneginf(lse)) and slots.shape == (2, 4, 3, 3) and np.all(slots == -1)
@@ -187,7 +195,7 @@ def test_bfloat16_memory_is_compared_as_stored(score_bytes):
     np.testing.assert_allclose(lse, want_lse, atol=1e-4)
     seen = np.broadcast_to(np.arange(1200) < length_B[:, None, None], (2, 3, 1200))
     want_o, want_lse = reference.attention(q, *stored, seen, SCALE)
-    found = DENSE(q, keys, values, length_B, scale=SCALE, score_bytes=score_bytes)
+    found = dense(q, keys, values, length_B, scale=SCALE, score_bytes=score_bytes)
     np.testing.assert_allclose(found.o_BHTK, want_o, atol=1e-4)
     np.testing.assert_allclose(found.lse_BHT, want_lse, atol=1e-4)
 
@@ -245,8 +253,9 @@ COMPACT = jax.jit(memory.compact)
 
 
 def token_arrays(tokens_BT, layer):
-    """Keys and values that tell token, layer, head and dimension apart."""
-    keys = tokens_BT[:, None, :, None] * 100.0 + layer * 10 + np.arange(2)[None, :, None, None] + 0.125 * np.arange(2)
+    """[B, G, K, T] keys and values that tell token, layer, head and dimension apart."""
+    dimension = 0.125 * np.arange(2)[:, None]
+    keys = tokens_BT[:, None, None, :] * 100.0 + layer * 10 + np.arange(2)[None, :, None, None] + dimension
     return keys.astype(np.float32), -keys.astype(np.float32)
 
 
@@ -255,8 +264,8 @@ def check(cache, lists):
     for layer in range(2):
         for b, tokens in enumerate(lists):
             keys, values = token_arrays(np.array([tokens]).reshape(1, -1), layer)
-            np.testing.assert_array_equal(cache.keys[layer][b, :, : len(tokens)], keys[0])
-            np.testing.assert_array_equal(cache.values[layer][b, :, : len(tokens)], values[0])
+            np.testing.assert_array_equal(cache.keys[layer][b, ..., : len(tokens)], keys[0])
+            np.testing.assert_array_equal(cache.values[layer][b, ..., : len(tokens)], values[0])
 
 
 operation = st.one_of(
@@ -294,23 +303,23 @@ def test_a_cache_is_a_list_of_tokens_a_row(operations):
 
 @hypothesis.given(st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=2, max_size=2))
 def test_compact_moves_valid_tokens_to_the_front_in_order(valid):
-    x = np.random.default_rng(0).standard_normal((2, 2, 7, 3)).astype(np.float32)
+    x = np.random.default_rng(0).standard_normal((2, 2, 3, 7)).astype(np.float32)
     valid_BT = np.array(valid)
     first, second = COMPACT((x, x + 1), valid_BT)
     for b in range(2):
         n = valid_BT[b].sum()
-        np.testing.assert_array_equal(first[b, :, :n], x[b][:, valid_BT[b]])
-        np.testing.assert_array_equal(second[b, :, :n], x[b][:, valid_BT[b]] + 1)
+        np.testing.assert_array_equal(first[b, ..., :n], x[b][..., valid_BT[b]])
+        np.testing.assert_array_equal(second[b, ..., :n], x[b][..., valid_BT[b]] + 1)
 
 
 def test_memory_has_the_memory_layers_in_the_memory_dtype():
     config = CONFIG.replace(dtypes=DtypePolicy(memory="bfloat16"))
     mem = memory.init_memory(config, 2, 24)
     assert mem.capacity == 24 and len(mem.keys) == len(mem.values) == 2
-    assert all(x.shape == (2, 2, 24, 2) and x.dtype == jnp.bfloat16 for x in (*mem.keys, *mem.values))
+    assert all(x.shape == (2, 2, 2, 24) and x.dtype == jnp.bfloat16 for x in (*mem.keys, *mem.values))
     assert mem.nbytes == 2 * 2 * (2 * 2 * 24 * 2) * 2
     np.testing.assert_array_equal(mem.length_B, [0, 0])
-    keys = [np.full((2, 2, 1, 2), 1.01, np.float32)] * 2
+    keys = [np.full((2, 2, 2, 1), 1.01, np.float32)] * 2
     mem = APPEND(mem, keys, keys)  # converted as it enters
     assert mem.keys[0].dtype == jnp.bfloat16 and mem.keys[0][0, 0, 0, 0] == jnp.bfloat16(1.01)
     none = memory.init_memory(CONFIG.replace(mem_layers=()), 2, 24)
@@ -324,7 +333,7 @@ def test_caches_that_do_not_fit():
     with pytest.raises(ValueError, match="capacity is -1"):
         memory.init_memory(CONFIG, 1, -1)
     mem = memory.init_memory(CONFIG, 1, 4)
-    x = np.zeros((1, 2, 5, 2), np.float32)
+    x = np.zeros((1, 2, 2, 5), np.float32)
     with pytest.raises(ValueError, match="5 tokens do not fit a cache of capacity 4"):
         memory.append(mem, [x, x], [x, x])
     with pytest.raises(ValueError, match="cache has 2 layers; wanted as many keys and values, found 1, 1"):
