@@ -32,18 +32,16 @@ CONFIG = ModelConfig(
 
 
 def read_bandwidth(nbytes: int, repeats: int = 15) -> float:
-    """Bytes/s at which all cores together read an array of `nbytes`: the best of several sums by NumPy, a thread a
-    core.
-    """
+    """Bytes/s at which all cores together read an array of `nbytes`: the median of several maxima, a thread a core."""
     threads = len(os.sched_getaffinity(0))
     parts = np.array_split(np.ones(nbytes // 4, np.float32), threads)
-    best = 0.0
+    rates = []
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for _ in range(repeats):
             start = time.perf_counter()
             list(pool.map(np.max, parts))
-            best = max(best, nbytes / (time.perf_counter() - start))
-    return best
+            rates.append(nbytes / (time.perf_counter() - start))
+    return float(np.median(rates))
 
 
 def main() -> None:
