@@ -60,7 +60,9 @@ class Plan:
     @property
     def visible(self) -> np.ndarray:
         """bool [B, C], which contexts a row sees."""
-        return np.arange(self.n_contexts)[None, :] < np.array(self.seen)[:, None]
+        seen = np.arange(self.n_contexts)[None, :] < np.array(self.seen)[:, None]
+        row = np.arange(self.rows)[:, None] % self.block_rows + np.array(self.offsets, int)[None, :]
+        return seen & (self.wraps | (row >= 0) & (row < self.block_rows))
 
     @property
     def context_rows(self) -> np.ndarray:

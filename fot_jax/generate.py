@@ -31,16 +31,16 @@ def _check_tokens(config: ModelConfig, tokens_BT: Any, last_context_length: int 
         raise ValueError(
             f"tokens have shape {tokens_BT.shape}, dtype {tokens_BT.dtype}; wanted integers [B, T], none of them empty"
         )
-    if tokens_BT.min() < 0 or tokens_BT.max() >= config.vocab_size:
-        worst = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
-        raise ValueError(f"token {worst} is outside the model's vocabulary of {config.vocab_size}")
     c = config.last_context_length if last_context_length is None else last_context_length
     if not 1 <= c <= config.window:
         raise ValueError(f"last_context_length is {c}; wanted 1..{config.window} (the window)")
     mask_BT = np.ones(tokens_BT.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if mask_BT.shape != tokens_BT.shape:
         raise ValueError(f"attention_mask has shape {mask_BT.shape}; wanted that of the tokens, {tokens_BT.shape}")
-    return tokens_BT.astype(np.int32), mask_BT, c
+    outside_BT = mask_BT & ((tokens_BT < 0) | (tokens_BT >= config.vocab_size))
+    if outside_BT.any():
+        raise ValueError(f"token {tokens_BT[outside_BT][0]} is outside the model's vocabulary of {config.vocab_size}")
+    return np.where(mask_BT, tokens_BT, 0).astype(np.int32), mask_BT, c
 
 
 def _memory_layers(config: ModelConfig, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -245,11 +245,6 @@ def make_room(
     return jax.lax.cond(full, lambda cache: memories.evict_oldest(cache, count_B), lambda cache: cache, local), mem
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "max_new_tokens", "sample", "spill", "reading"),
-    donate_argnames=("reader",),
-)
 def decode(
     config: ModelConfig,
     params: Any,
@@ -267,13 +262,32 @@ def decode(
     Every token is read as soon as it is chosen, so that the reader returned goes on where this one ends.
 
     Args:
-        reader: donated; its memory must have room.
+        reader: donated.
         temperature: float32 scalar, used where `sample`.
         key: random key, used where `sample`.
 
     Returns:
         int32 [B, max_new_tokens], padded after the eos; the reader after the last of them.
+
+    Raises:
+        ValueError: memory has no room for what the window and the new tokens can spill.
     """
+    needed = int(jnp.max(reader.mem.length_B + reader.local.length_B)) + max_new_tokens
+    if config.mem_layers and needed > reader.mem.capacity:
+        raise ValueError(
+            f"what was read and {max_new_tokens} new tokens need a memory of {needed} slots; it has "
+            f"{reader.mem.capacity} (prefill's `room`)"
+        )
+    options = dict(max_new_tokens=max_new_tokens, sample=sample, spill=spill, reading=reading)
+    return _decode(config, params, reader, temperature, key, **options)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "max_new_tokens", "sample", "spill", "reading"),
+    donate_argnames=("reader",),
+)
+def _decode(config, params, reader, temperature, key, *, max_new_tokens, sample, spill, reading):
     blocks = model.layers(config, params)
     pad = jnp.int32(next((i for i in (config.pad_id, config.eos_id) if i is not None), 0))
 

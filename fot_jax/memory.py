@@ -164,10 +164,10 @@ def read(
     reading: Reading, q_BHTK: Array, k_BGKM: Array, v_BGKM: Array, length_B: Array, *, scale: float
 ) -> attention.Partial:
     """Attention over memory as a partial, to be merged with the local window's."""
-    if reading.kind == "dense":
-        return dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale, score_bytes=reading.score_bytes)
-    k = reading.k
-    return topk(q_BHTK, k_BGKM, v_BGKM, length_B, k=k, scale=scale, score_bytes=reading.score_bytes)[0]  # type: ignore[arg-type]
+    arrays = q_BHTK, k_BGKM, v_BGKM, length_B
+    if reading.k is None:
+        return dense(*arrays, scale=scale, score_bytes=reading.score_bytes)
+    return topk(*arrays, k=reading.k, scale=scale, score_bytes=reading.score_bytes)[0]
 
 
 def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None) -> tuple[int, int]:
@@ -178,7 +178,7 @@ def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None) -> tup
     if score_bytes is None:  # on a CPU scores should stay in its cache; elsewhere large products and few steps count
         score_bytes = (2 if jax.default_backend() == "cpu" else 256) * 2**20
     budget = max(score_bytes // (4 * rows), 1)
-    slot_block = min(slots, max(budget // queries, 256))
+    slot_block = min(slots, max(budget // queries, 256), 2**15)  # no more, so that cost follows the fill
     return max(1, min(queries, budget // slot_block)), slot_block
 
 
@@ -250,6 +250,12 @@ def dense(
     return _over_query_blocks(read_block, q_BHTK, query_block)
 
 
+def _top_k(s: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of the last axis, in two dimensions: of more, a CPU makes a full sort, twenty times slower."""
+    values, index = jax.lax.top_k(s.reshape(-1, s.shape[-1]), k)
+    return values.reshape(*s.shape[:-1], k), index.reshape(*s.shape[:-1], k)
+
+
 def _best(s: Array, k: int) -> tuple[Array, Array]:
     """`lax.top_k` of the last axis by block maxima: the same values and indices, ties to the lowest index.
 
@@ -260,12 +266,12 @@ def _best(s: Array, k: int) -> tuple[Array, Array]:
     S = s.shape[-1]
     n = -(-S // SUB_BLOCK)
     if n <= 2 * k:
-        return jax.lax.top_k(s, k)
+        return _top_k(s, k)
     padded = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, n * SUB_BLOCK - S)], constant_values=-jnp.inf)
     by_block = padded.reshape(*s.shape[:-1], n, SUB_BLOCK)
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(by_block, axis=-1), k)[1], axis=-1)
+    chosen = jnp.sort(_top_k(jnp.max(by_block, axis=-1), k)[1], axis=-1)
     candidates = jnp.take_along_axis(by_block, chosen[..., None], axis=-2)
-    values, index = jax.lax.top_k(candidates.reshape(*s.shape[:-1], k * SUB_BLOCK), k)
+    values, index = _top_k(candidates.reshape(*s.shape[:-1], k * SUB_BLOCK), k)
     return values, jnp.take_along_axis(chosen, index // SUB_BLOCK, axis=-1) * SUB_BLOCK + index % SUB_BLOCK
 
 
@@ -311,11 +317,13 @@ def topk(
         def step(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
             first, counts = block(i)
             keys = k_BGKM if slot_block == M else jax.lax.dynamic_slice_in_dim(k_BGKM, first, slot_block, axis=3)
-            s = jnp.where(counts[:, None, None, :], attention.scores(q_BGQK, keys, slots_last=True), -jnp.inf)
+            s = attention.scores(q_BGQK, keys, slots_last=True)
+            s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
+            s = jnp.where(counts[:, None, None, :], s, -jnp.inf)
             best, index = _best(s, min(N, slot_block))
             # So far comes first: among equals the earlier, lower slot wins.
             joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], first + index], axis=-1)
-            values, chosen = jax.lax.top_k(joined[0], N)
+            values, chosen = _top_k(joined[0], N)
             return values, jnp.take_along_axis(joined[1], chosen, axis=-1)
 
         nothing = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
@@ -331,8 +339,9 @@ def topk(
         else:  # so many that the values are turned round first, once for all blocks of queries
             v_BGQNK = jax.vmap(jax.vmap(lambda v_MK, slots_QN: v_MK[slots_QN]))(v_BGMK, slots)
         weights = jnp.where(filled, p / jnp.where(total == 0.0, 1.0, total), 0.0)
+        dtype = jnp.promote_types(q.dtype, v_BGKM.dtype)
         o = jnp.einsum(
-            "bgqn,bgqnk->bgqk", weights.astype(q.dtype), v_BGQNK.astype(q.dtype), preferred_element_type=jnp.float32
+            "bgqn,bgqnk->bgqk", weights.astype(dtype), v_BGQNK.astype(dtype), preferred_element_type=jnp.float32
         )
         lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
         heads = lambda x: x.reshape(B, H, q.shape[2], *x.shape[3:])
@@ -385,6 +394,9 @@ def topk_attention(
         )
     if length_B.shape != (B,):
         raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")
+    q_BTHK, k_BMGK, v_BMGK = (
+        x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, jnp.float32) for x in (q_BTHK, k_BMGK, v_BMGK)
+    )
     major = lambda x: jnp.swapaxes(x, 1, 2)
     cached = lambda x_BMGK: jnp.transpose(x_BMGK, (0, 2, 3, 1))
     scale = K**-0.5 if scale is None else scale

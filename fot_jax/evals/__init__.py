@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -45,11 +46,18 @@ class Report:
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{name}.json.partial"
-        partial.write_text(json.dumps(self.values, indent=1) + "\n")
+        partial.write_text(json.dumps(_finite(self.values), indent=1, allow_nan=False) + "\n")
         partial.replace(folder / f"{name}.json")
         picture = folder / f".{name}.partial.png"
         self.plot(picture)
         picture.replace(folder / f"{name}.png")
+
+
+def _finite(x: Any) -> Any:
+    """`x` with null for what JSON has no number for."""
+    if isinstance(x, dict):
+        return {key: _finite(value) for key, value in x.items()}
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def _show(x: Any) -> str:

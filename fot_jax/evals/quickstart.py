@@ -37,8 +37,12 @@ def command(*words: str, log: pathlib.Path | None = None, core: int | None = Non
 
 def finish(*processes: subprocess.Popen) -> None:
     """Waits for commands; the first that fails ends the others and this one."""
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.2)
+        if any(process.poll() for process in processes):
+            break
     for process in processes:
-        if process.wait():
+        if process.poll():
             for other in processes:
                 other.terminate()
             sys.exit(f"command failed with status {process.returncode}: {' '.join(process.args[1:])}")
