@@ -297,3 +297,10 @@ def test_input_that_does_not_fit(call, tokens_BT, options, message):
 def test_generation_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         fot_jax.generate(CONFIG, None, ROW, **{"max_new_tokens": 3, **options})
+
+
+def test_decoding_into_a_memory_without_room_is_refused():
+    params = reference.random_params(CONFIG)
+    reader = prefill(CONFIG, params, np.ones((1, 6), np.int32), last_context_length=2)
+    with pytest.raises(ValueError, match="need a memory of .* slots; it has"):
+        decode(CONFIG, params, reader, 1.0, jax.random.key(0), max_new_tokens=100)

@@ -67,6 +67,21 @@ def topk(q, keys, values, length_B, *, k, scale=SCALE, score_bytes=None):
     return tuple(map(major, found))
 
 
+@pytest.mark.parametrize("T", [1, 4])
+def test_zeros_of_either_sign_tie(T):
+    # Sums of products may end in -0.0, which lax.top_k puts behind 0.0.
+    k = np.zeros((1, 4, 1, 8), np.float32)
+    k[0, 1, 0, :2] = 1, -1
+    _, _, slots = memory.topk_attention(-np.ones((1, T, 1, 8), np.float32), k, k, np.array([4], np.int32), k=3)
+    np.testing.assert_array_equal(slots, np.broadcast_to([0, 1, 2], (1, T, 1, 3)))
+
+
+def test_whole_numbers_are_read_as_floats():
+    q, k, v = (np.full((1, n, 1, 2), x, np.int32) for n, x in ((1, 1), (3, 1), (3, 5)))
+    o, _, _ = memory.topk_attention(q, k, v, np.array([3], np.int32), k=2)
+    np.testing.assert_allclose(o, 5.0)
+
+
 def cached(x):
     """[B, G, M, K] as caches have it."""
     return jnp.swapaxes(x, 2, 3)
