@@ -18,7 +18,7 @@ from fot_jax.run_config import default_config
 CONTEXTS = {"1": 8, "2": 12}
 
 
-def get_config(which: str) -> ConfigDict:
+def get_config(which: str = "fot,1") -> ConfigDict:
     """The configuration: model "fot" or "standard" and stage "1" or "2", as in "fot,1"; "fot,1,long" has more steps."""
     model, stage, *length = which.split(",")
     if model not in ("fot", "standard") or stage not in CONTEXTS or length not in ([], ["long"]):
