@@ -110,7 +110,7 @@ class TokenSet:
         return Tokenizer.load(self.path / "tokenizer.model")
 
 
-# A text of so many characters has two tokens at least, with any tokenizer; shorter ones are tokenised to see.
+# A text of so many characters, spaces at its ends not counted, has two tokens at least; shorter ones are tokenised to see.
 _SURELY_LONG = 1024
 
 
@@ -139,7 +139,7 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, output: str | os.PathLike, *, 
         found = short = 0
         for document in corpus.documents():
             found += 1
-            if len(document.text) < _SURELY_LONG and (tokens := len(tokenizer.encode(document.text))) < 2:
+            if len(document.text.strip()) < _SURELY_LONG and (tokens := len(tokenizer.encode(document.text))) < 2:
                 short += 1
                 if not skip_short:
                     what = f"document {document.id!r} has {tokens} tokens"
