@@ -110,7 +110,7 @@ class TokenSet:
         return Tokenizer.load(self.path / "tokenizer.model")
 
 
-# A text of so many characters, spaces at its ends not counted, has two tokens at least; shorter ones are tokenised to see.
+# A text of so many characters, outer spaces not counted, has two tokens at least; shorter ones are tokenised to see.
 _SURELY_LONG = 1024
 
 
