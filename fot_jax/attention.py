@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -32,20 +33,27 @@ class Partial(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """cos and sin of the rotary angles, float32 [..., T, K/2], for positions of shape [..., T]."""
+    """cos and sin of the rotary angles, float32 [..., T, K/2]."""
 
-    cos: Array
-    sin: Array
+    cos: Array | np.ndarray
+    sin: Array | np.ndarray
+
+    def at(self, positions: Array) -> Angles:
+        """Of a table, the rows of `positions`, int32 [..., T]; beyond its ends, the nearest row."""
+        return Angles(*(jnp.asarray(x).at[positions].get(mode="clip") for x in self))
 
 
-def rotary_angles(positions: Array, head_size: int, base: float) -> Angles:
-    """Angles of pair i at position p: p * base ** (-2 i / K) (arXiv 2104.09864, section 3.2.2), always in float32.
+@functools.lru_cache(maxsize=16)
+def rotary_angles(length: int, head_size: int, base: float) -> Angles:
+    """Table [length, K/2]: the angle of pair i at position p is p * base ** (-2 i / K) (arXiv 2104.09864, section
+    3.2.2).
 
-    In bfloat16 the angle would be off by 0.57 radians at position 500.
+    In bfloat16 the angle would be off by 0.57 radians at position 500; here it is computed in float64, and cos and
+    sin rounded to float32. They are constants: computed on the device, every layer that rotates would do so again for
+    each row and head.
     """
-    inverse = base ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = positions.astype(jnp.float32)[..., None] * inverse.reshape((1,) * positions.ndim + (-1,))
-    return Angles(jnp.cos(angles), jnp.sin(angles))
+    angles = np.arange(length)[:, None] * float(base) ** (-np.arange(0, head_size, 2) / head_size)[None, :]
+    return Angles(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
 
 
 def rotate(x_BHTK: Array, angles: Angles, slots_last: bool = False) -> Array:
@@ -98,12 +106,12 @@ def _product(equation: str, a: Array, b: Array) -> Array:
     return product(equation, a, b)
 
 
-def _seen(s_BGQS: Array, visible_BTS: Array | None, hidden: float) -> Array:
-    """Scores with `hidden` where a query does not see a key."""
+def _seen(s_BGQS: Array, visible_BTS: Array | None) -> Array:
+    """Scores with -inf where a query does not see a key."""
     if visible_BTS is None:
         return s_BGQS
     repeats = s_BGQS.shape[2] // visible_BTS.shape[1] if visible_BTS.shape[1] > 1 else 1
-    return jnp.where(jnp.tile(visible_BTS, (1, repeats, 1))[:, None], s_BGQS, hidden)
+    return jnp.where(jnp.tile(visible_BTS, (1, repeats, 1))[:, None], s_BGQS, -jnp.inf)
 
 
 def attend(
@@ -121,19 +129,19 @@ def attend(
         q_BHTK: queries.
         k_BGSK, v_BGSK: keys and values, of any dtype; products are taken in the wider dtype, sums in float32.
         visible_BTS: bool, which keys a query sees; axes of 1 serve all rows or queries. None: all of them.
-        scale: what scores are multiplied by.
+        scale: what scores are multiplied by, more than 0.
         slots_last: whether keys and values are [B, G, K, S], as caches are.
     """
     q_BGQK = grouped(q_BHTK, k_BGSK.shape[1])
-    s_BGQS = _seen(scores(q_BGQK, k_BGSK, slots_last) * scale, visible_BTS, -jnp.inf)
+    s_BGQS = _seen(scores(q_BGQK, k_BGSK, slots_last), visible_BTS)
     top = jnp.max(s_BGQS, axis=-1, keepdims=True)
-    p_BGQS = _made(jnp.exp(s_BGQS - jnp.where(top == -jnp.inf, 0.0, top)))
+    p_BGQS = _made(jnp.exp((s_BGQS - jnp.where(top == -jnp.inf, 0.0, top)) * scale))
     total = jnp.sum(p_BGQS, axis=-1, keepdims=True)
     safe = jnp.where(total == 0.0, 1.0, total)
     dtype = jnp.promote_types(q_BHTK.dtype, v_BGSK.dtype)
     equation = "bgqs,bgks->bgqk" if slots_last else "bgqs,bgsk->bgqk"
     o_BGQK = _product(equation, p_BGQS.astype(dtype), v_BGSK.astype(dtype)) / safe
-    lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
+    lse = jnp.where(top == -jnp.inf, -jnp.inf, top * scale + jnp.log(safe))
     return Partial(o_BGQK.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
 
 
@@ -159,8 +167,9 @@ class Source(NamedTuple):
     """Keys and values of one source, and who sees them.
 
     Attributes:
-        k_BGSK, v_BGSK: keys, rotated if they are to be, and values.
-        visible_BTS: bool; axes of 1 serve all rows, queries or keys. None: all is seen.
+        k_BGSK, v_BGSK: keys, rotated if they are to be, and values. Where they have fewer rows than the queries, only
+            the last so many rows of queries read them.
+        visible_BTS: bool, of those rows; axes of 1 serve all rows, queries or keys. None: all is seen.
     """
 
     k_BGSK: Array
@@ -187,16 +196,30 @@ def attention(q_BHTK: Array, own: Source, others: tuple[Source, ...], scale: flo
     return _attention_forward(q_BHTK, own, others, scale)[0]
 
 
-def _parts(source: Source, length: int, causal: bool) -> list[tuple[slice, Source]]:
-    """A source as (queries, the keys they can see): of a causal triangle, the first half of the queries needs only the
-    first half of the keys.
+class _Part(NamedTuple):
+    """Queries, as slices of rows and time, and the keys they can see."""
+
+    rows: slice
+    time: slice
+    source: Source
+
+    def of(self, x: Array) -> Array:
+        """The part's queries, or what belongs to them, of an array [B, H, T, ...]."""
+        return x[self.rows, :, self.time]
+
+
+def _parts(source: Source, q_BHTK: Array, causal: bool) -> list[_Part]:
+    """A source for the rows that read it; of a causal triangle, the first half of the queries needs only the first
+    half of the keys.
     """
-    if not causal or length % 2 or length < 32:
-        return [(slice(0, length), source)]
+    B, _, T, _ = q_BHTK.shape
+    rows = slice(B - source.k_BGSK.shape[0], B)
+    if not causal or T % 2 or T < 32:
+        return [_Part(rows, slice(0, T), source)]
     parts = []
-    for queries in (slice(0, length // 2), slice(length // 2, length)):
-        k, v = (x[:, :, : queries.stop] for x in source[:2])
-        parts.append((queries, Source(k, v, source.visible_BTS[:, queries, : queries.stop])))
+    for time in (slice(0, T // 2), slice(T // 2, T)):
+        k, v = (x[:, :, : time.stop] for x in source[:2])
+        parts.append(_Part(rows, time, Source(k, v, source.visible_BTS[:, time, : time.stop])))
     return parts
 
 
@@ -205,19 +228,24 @@ def _by_row(source: Source) -> bool:
     return source.visible_BTS is not None and source.visible_BTS.shape[1:] == (1, 1)
 
 
+def _of_last_rows(x: Array, rows: int, others: float) -> Array:
+    """`x`, of the last of `rows` rows, with `others` in those before."""
+    return jnp.pad(x, [(rows - x.shape[0], 0)] + [(0, 0)] * (x.ndim - 1), constant_values=others)
+
+
 def _attention_forward(q_BHTK, own, others, scale):
+    B = q_BHTK.shape[0]
     partials = []
     for source in (own, *others):
         pieces = []
-        for queries, part in _parts(source, q_BHTK.shape[2], source is own):
-            q = q_BHTK[:, :, queries]
-            if _by_row(part):
-                partial = attend(q, part.k_BGSK, part.v_BGSK, scale=scale)
-                partial = partial._replace(lse_BHT=jnp.where(part.visible_BTS, partial.lse_BHT, -jnp.inf))
-            else:
-                partial = attend(q, *part, scale=scale)
+        for part in _parts(source, q_BHTK, source is own):
+            k, v, visible_BTS = part.source
+            partial = attend(part.of(q_BHTK), k, v, None if _by_row(source) else visible_BTS, scale=scale)
+            if _by_row(source):
+                partial = partial._replace(lse_BHT=jnp.where(visible_BTS, partial.lse_BHT, -jnp.inf))
             pieces.append(partial)
-        partials.append(Partial(*(jnp.concatenate(x, axis=2) for x in zip(*pieces, strict=True))))
+        o, lse = (jnp.concatenate(x, axis=2) for x in zip(*pieces, strict=True))
+        partials.append(Partial(_of_last_rows(o, B, 0.0), _of_last_rows(lse, B, -jnp.inf)))
     o, lse = merge(*partials)
     o = o.astype(q_BHTK.dtype)
     return o, (q_BHTK, own, others, o, lse)
@@ -225,23 +253,23 @@ def _attention_forward(q_BHTK, own, others, scale):
 
 def _attention_backward(scale, saved, do_BHTK):
     q_BHTK, own, others, o_BHTK, lse_BHT = saved
+    B = q_BHTK.shape[0]
     # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o).
     delta_BHT = jnp.sum(do_BHTK.astype(jnp.float32) * o_BHTK.astype(jnp.float32), axis=-1)
     dq_BHTK, grads = jnp.zeros(q_BHTK.shape, jnp.float32), []
     for source in (own, *others):
         dqs, dk, dv = [], 0.0, 0.0
-        for queries, part in _parts(source, q_BHTK.shape[2], source is own):
-            of = lambda x, queries=queries: x[:, :, queries]
-            dq, *dkv = _source_backward(of(q_BHTK), part, of(lse_BHT), of(delta_BHT), of(do_BHTK), scale)
-            rest = source.k_BGSK.shape[2] - part.k_BGSK.shape[2]
+        for part in _parts(source, q_BHTK, source is own):
+            dq, *dkv = _source_backward(part.source, *map(part.of, (q_BHTK, lse_BHT, delta_BHT, do_BHTK)), scale)
+            rest = source.k_BGSK.shape[2] - part.source.k_BGSK.shape[2]
             wide = [jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, 0))) if rest else x for x in dkv]
             dqs, dk, dv = [*dqs, dq], dk + wide[0], dv + wide[1]
-        dq_BHTK += jnp.concatenate(dqs, axis=2)
+        dq_BHTK += _of_last_rows(jnp.concatenate(dqs, axis=2), B, 0.0)
         grads.append(Source(dk.astype(source.k_BGSK.dtype), dv.astype(source.v_BGSK.dtype)))
     return dq_BHTK.astype(q_BHTK.dtype), grads[0], tuple(grads[1:])
 
 
-def _source_backward(q_BHTK, source, lse_BHT, delta_BHT, do_BHTK, scale):
+def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
     """(dq, dk, dv) of one source, float32, from the merged log-sum-exp and delta = do . o.
 
     Scores are [S, Q] here: every product but that for dq then reads its operands as they lie.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fot_jax import attention
+from fot_jax import attention, sharding
 
 Array = jax.Array
 
@@ -159,11 +159,11 @@ def block_plan(rows: int, contexts: int, windows: int = 1) -> Plan:
     )
 
 
-def contexts(plan: Plan, x_BHTK: Array, axis: int = 2) -> Array:
-    """Every context of every reading row, side by side along `axis`: [B / blocks, ..., C x T, ...]."""
+def contexts(plan: Plan, x_BHTK: Array, first_row: int = 0, axis: int = 2) -> Array:
+    """Every context of every reading row from `first_row` on, side by side along `axis`: [rows, ..., C x T, ...]."""
     blocks = jnp.split(x_BHTK, plan.blocks, axis=0)
     rolled = [jnp.roll(blocks[s], -offset, axis=0) for s, offset in zip(plan.sources, plan.offsets, strict=True)]
-    return jnp.concatenate(rolled, axis=axis)
+    return jnp.concatenate([x[first_row:] for x in rolled], axis=axis)
 
 
 def crossbatch_attention(
@@ -197,19 +197,8 @@ def crossbatch_attention(
     if B != plan.rows:
         raise ValueError(f"batch has {B} rows; the crossbatch plan is for {plan.rows}")
     rotated = (lambda x: x) if angles is None else (lambda x: attention.rotate(x, angles))
-    q, k = rotated(q_BHTK), rotated(k_BGTK)
-    alone = B - plan.block_rows if plan.n_contexts else B  # rows that read no context: those of earlier blocks
-    out = []
-    for rows, read in (
-        (slice(0, alone), ()),
-        (slice(alone, B), _context_sources(plan, k_BGTK, v_BGTK, segment_ids_BT)),
-    ):
-        if rows.start == rows.stop:
-            continue
-        segments = None if segment_ids_BT is None else segment_ids_BT[rows]
-        own = attention.Source(k[rows], v_BGTK[rows], local_mask(T, segments))
-        out.append(attention.attention(q[rows], own, read, scale))
-    return jnp.concatenate(out, axis=0)
+    own = attention.Source(rotated(k_BGTK), v_BGTK, local_mask(T, segment_ids_BT))
+    return attention.attention(rotated(q_BHTK), own, _context_sources(plan, k_BGTK, v_BGTK, segment_ids_BT), scale)
 
 
 # Contexts are read together as one source up to so many keys: enough for efficient matrix products, few enough for
@@ -229,14 +218,18 @@ def _context_sources(
             plan, sources=plan.sources[first : first + size], offsets=plan.offsets[first : first + size]
         )
         seen = plan.visible[plan.rows - plan.block_rows :, first : first + size]
+        # Rows before the first that sees one of them need not read them; where rows are split over devices, all do, or
+        # some devices would have less to do than others.
+        first_row = 0 if sharding.ways("batch") > 1 else int(seen.any(1).argmax())
+        seen = seen[first_row:]
         visible = None
         if not seen.all():
             # Of a single context a row sees all or nothing.
             visible = jnp.asarray(np.repeat(seen, T if size > 1 else 1, axis=1))[:, None, :]
         if segment_ids_BT is not None:
-            written = (contexts(some, segment_ids_BT, axis=1) > 0)[:, None, :]
+            written = (contexts(some, segment_ids_BT, first_row, axis=1) > 0)[:, None, :]
             visible = written if visible is None else visible & written
-        sources.append(attention.Source(contexts(some, k_BGTK), contexts(some, v_BGTK), visible))
+        sources.append(attention.Source(*(contexts(some, x, first_row) for x in (k_BGTK, v_BGTK)), visible))
     return tuple(sources)
 
 

@@ -53,8 +53,27 @@ def unit_norm(x_BHTK: Array) -> Array:
 
 def swiglu(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
     """(silu(x gate) * x up) down (arXiv 2002.05202)."""
-    hidden_BTF = jax.nn.silu(dense(x_BTD, gate_DF)) * dense(x_BTD, up_DF)
+    hidden_BTF = gated(dense(x_BTD, gate_DF), dense(x_BTD, up_DF))
     return dense(constrain(hidden_BTF, "batch", "time", "mlp"), down_FD)
+
+
+@jax.custom_vjp
+def gated(gate_BTF: Array, up_BTF: Array) -> Array:
+    """silu(gate) * up. Its gradient is written out so that nothing but the two products is kept for it: autodiff keeps
+    the sigmoid and silu(gate) besides.
+    """
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
+def _gated_backward(saved, d_BTF):
+    gate_BTF, up_BTF = saved
+    sigmoid = jax.nn.sigmoid(gate_BTF)
+    silu = gate_BTF * sigmoid
+    # silu' = sigmoid + gate sigmoid (1 - sigmoid)
+    return d_BTF * up_BTF * (sigmoid + silu * (1 - sigmoid)), d_BTF * silu
+
+
+gated.defvjp(lambda gate_BTF, up_BTF: (gated(gate_BTF, up_BTF), (gate_BTF, up_BTF)), _gated_backward)
 
 
 def dense(x_BTD: Array, w_DF: Array, dtype: Any = None) -> Array:
@@ -269,7 +288,7 @@ def forward(
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; wanted one of {', '.join(REMAT)}")
     T = tokens_BT.shape[1]
-    angles = attention.rotary_angles(jnp.arange(T), config.head_size, config.rope_base)
+    angles = attention.rotary_angles(T, config.head_size, config.rope_base)
     own_only = crossbatch.published_plan(tokens_BT.shape[0], 0)
 
     def layer(memory_layer: bool) -> Callable[[Array, Params], Array]:
@@ -357,13 +376,13 @@ def read_window(
     visible_BTT = attention.causal_mask(T)
     if valid_BT is not None:
         visible_BTT = visible_BTT & valid_BT[:, None, :]
-    table = functools.partial(attention.rotary_angles, head_size=config.head_size, base=config.rope_base)
+    table = attention.rotary_angles((local.capacity if local else 0) + T, config.head_size, config.rope_base)
     if local is None:
-        angles = table(jnp.arange(T))
+        angles = table
     else:
-        angles = table(local.length_B[:, None] + jnp.arange(T)[None, :])
-        slots = jnp.arange(local.capacity)
-        slot_angles, slot_visible_BTS = table(slots), (slots[None, :] < local.length_B[:, None])[:, None, :]
+        angles = table.at(local.length_B[:, None] + jnp.arange(T)[None, :])
+        slot_angles = attention.Angles(*(x[: local.capacity] for x in table))
+        slot_visible_BTS = (jnp.arange(local.capacity)[None, :] < local.length_B[:, None])[:, None, :]
 
     scale, keys_values = score_scale(config), []
     x_BTD = embed(config, params, tokens_BT)

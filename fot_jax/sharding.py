@@ -116,6 +116,13 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, wanted)
 
 
+def ways(logical: str) -> int:
+    """How many ways the mesh of `jax.set_mesh` splits a logical axis; 1 without a mesh."""
+    (axes,) = spec(logical)
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose first axis is batch rows."""
     return NamedSharding(mesh, spec("batch"))

@@ -266,7 +266,7 @@ def test_grouped_queries_equal_heads_repeated_in_values_and_gradients(plan):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((4, heads, T, 6)).astype(np.float32) for heads in (6, 2, 2))
     direction = rng.standard_normal(q.shape).astype(np.float32)
-    angles = attention.rotary_angles(jnp.arange(T), 6, 10000.0)
+    angles = attention.rotary_angles(T, 6, 10000.0)
 
     def grouped(q, k, v):
         o = crossbatch.crossbatch_attention(plan, q, k, v, angles, jnp.asarray(segments(4)), scale=0.4)
@@ -298,7 +298,7 @@ def test_long_windows_in_values_and_gradients(monkeypatch, length, plan, mem_pos
     ids[1, length - 7 :], ids[2, :5] = 0, 0
     ids = ids if with_segments else np.ones_like(ids)
     weight = rng.standard_normal(q.shape) * (ids > 0)[:, None, :, None]
-    angles = attention.rotary_angles(jnp.arange(length), K, 100.0) if mem_positionals else None
+    angles = attention.rotary_angles(length, K, 100.0) if mem_positionals else None
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
