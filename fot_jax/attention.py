@@ -32,6 +32,20 @@ class Partial(NamedTuple):
     lse_BHT: Array
 
 
+class Source(NamedTuple):
+    """Keys and values of one source, and who sees them.
+
+    Attributes:
+        k_BGSK, v_BGSK: keys, rotated if they are to be, and values. Where they have fewer rows than the queries, only
+            the last so many rows of queries read them.
+        visible_BTS: bool, of those rows; axes of 1 serve all rows, queries or keys. None: all is seen.
+    """
+
+    k_BGSK: Array
+    v_BGSK: Array
+    visible_BTS: Array | None = None
+
+
 class Angles(NamedTuple):
     """cos and sin of the rotary angles, float32 [..., T, K/2]."""
 
@@ -119,7 +133,7 @@ def attend(
     k_BGSK: Array,
     v_BGSK: Array,
     visible_BTS: Array | None = None,
-    *,
+    *more: Source,
     scale: float,
     slots_last: bool = False,
 ) -> Partial:
@@ -129,18 +143,24 @@ def attend(
         q_BHTK: queries.
         k_BGSK, v_BGSK: keys and values, of any dtype; products are taken in the wider dtype, sums in float32.
         visible_BTS: bool, which keys a query sees; axes of 1 serve all rows or queries. None: all of them.
+        more: further keys and values in the same softmax, for all rows: fewer operations than merging partials.
         scale: what scores are multiplied by, more than 0.
         slots_last: whether keys and values are [B, G, K, S], as caches are.
     """
+    sources = (Source(k_BGSK, v_BGSK, visible_BTS), *more)
     q_BGQK = grouped(q_BHTK, k_BGSK.shape[1])
-    s_BGQS = _seen(scores(q_BGQK, k_BGSK, slots_last), visible_BTS)
-    top = jnp.max(s_BGQS, axis=-1, keepdims=True)
-    p_BGQS = _made(jnp.exp((s_BGQS - jnp.where(top == -jnp.inf, 0.0, top)) * scale))
-    total = jnp.sum(p_BGQS, axis=-1, keepdims=True)
+    each_s = [_seen(scores(q_BGQK, source.k_BGSK, slots_last), source.visible_BTS) for source in sources]
+    top = functools.reduce(jnp.maximum, [jnp.max(s_BGQS, axis=-1, keepdims=True) for s_BGQS in each_s])
+    each_p = [_made(jnp.exp((s_BGQS - jnp.where(top == -jnp.inf, 0.0, top)) * scale)) for s_BGQS in each_s]
+    total = sum(jnp.sum(p_BGQS, axis=-1, keepdims=True) for p_BGQS in each_p)
     safe = jnp.where(total == 0.0, 1.0, total)
-    dtype = jnp.promote_types(q_BHTK.dtype, v_BGSK.dtype)
     equation = "bgqs,bgks->bgqk" if slots_last else "bgqs,bgsk->bgqk"
-    o_BGQK = _product(equation, p_BGQS.astype(dtype), v_BGSK.astype(dtype)) / safe
+
+    def average(p_BGQS: Array, v: Array) -> Array:
+        dtype = jnp.promote_types(q_BHTK.dtype, v.dtype)
+        return _product(equation, p_BGQS.astype(dtype), v.astype(dtype))
+
+    o_BGQK = sum(average(p, source.v_BGSK) for p, source in zip(each_p, sources, strict=True)) / safe
     lse = jnp.where(top == -jnp.inf, -jnp.inf, top * scale + jnp.log(safe))
     return Partial(o_BGQK.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
 
@@ -161,20 +181,6 @@ def merge(*partials: Partial) -> Partial:
     safe = jnp.where(total == 0.0, 1.0, total)
     o = sum(w[..., None] * p.o_BHTK for w, p in zip(weight_PBHT / safe[None], partials, strict=True))
     return Partial(o, jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe)))
-
-
-class Source(NamedTuple):
-    """Keys and values of one source, and who sees them.
-
-    Attributes:
-        k_BGSK, v_BGSK: keys, rotated if they are to be, and values. Where they have fewer rows than the queries, only
-            the last so many rows of queries read them.
-        visible_BTS: bool, of those rows; axes of 1 serve all rows, queries or keys. None: all is seen.
-    """
-
-    k_BGSK: Array
-    v_BGSK: Array
-    visible_BTS: Array | None = None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

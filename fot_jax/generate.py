@@ -306,14 +306,10 @@ def _decode(config, params, reader, temperature, key, *, max_new_tokens, sample,
         ended_B = reader.ended_B if config.eos_id is None else reader.ended_B | (token_B == config.eos_id)
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
         local, mem = make_room(config, reader.local, reader.mem, spill)
-        hidden, keys, values = model.read_window(
+        hidden, local = model.extend_window(
             config, params, token_B[:, None], mem=mem, local=local, reading=reading, blocks=blocks
         )
-        logits_BV = model.logits(config, params, hidden)[:, 0]
-        # Only this zero makes the append wait for the last read of the cache; without it, it is made in a copy.
-        zero_B = jnp.minimum(jnp.argmax(logits_BV, axis=-1), 0).astype(jnp.int32)
-        local = dataclasses.replace(local, length_B=local.length_B + zero_B)
-        reader = Reader(logits_BV, ended_B, memories.append(local, keys, values), mem)
+        reader = Reader(model.logits(config, params, hidden)[:, 0], ended_B, local, mem)
         return step + 1, out_BN, key, reader
 
     out_BN = jnp.full((reader.ended_B.shape[0], max_new_tokens), pad)

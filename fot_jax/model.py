@@ -14,6 +14,7 @@ one softmax.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -352,57 +353,112 @@ def read_window(
     tokens_BT: Array,
     *,
     mem: memory.Cache,
-    local: memory.Cache | None = None,
     valid_BT: Array | None = None,
     reading: memory.Reading = memory.DENSE,
-    blocks: list[Params] | None = None,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """The model over tokens that follow what `local` holds of the open window, with `mem` before it. Caches are only
-    read.
+    """The model over a window's tokens, from its first on, with `mem` before it. Memory is only read.
 
     Args:
-        tokens_BT: int32, the next T tokens of each row's window.
+        tokens_BT: int32, T tokens of each row.
         mem: memory, one layer for each of `config.mem_layers`.
-        local: the open window so far, one layer for each of the model's; None: it starts here.
         valid_BT: bool, False for padding, which no token sees. None: all valid.
         reading: how memory is read.
-        blocks: `layers(config, params)`, taken apart before where a loop over tokens should not do it each time.
 
     Returns:
         hidden [B, T, D] as from `forward`; the tokens' un-rotated keys and values, [B, G, K, T] for each layer, to be
         appended to whichever cache they belong to.
     """
-    B, T = tokens_BT.shape
+    T = tokens_BT.shape[1]
     visible_BTT = attention.causal_mask(T)
     if valid_BT is not None:
         visible_BTT = visible_BTT & valid_BT[:, None, :]
-    table = attention.rotary_angles((local.capacity if local else 0) + T, config.head_size, config.rope_base)
-    if local is None:
-        angles = table
-    else:
-        angles = table.at(local.length_B[:, None] + jnp.arange(T)[None, :])
-        slot_angles = attention.Angles(*(x[: local.capacity] for x in table))
-        slot_visible_BTS = (jnp.arange(local.capacity)[None, :] < local.length_B[:, None])[:, None, :]
+    angles = attention.rotary_angles(T, config.head_size, config.rope_base)
+    keys, values = [], []
 
-    scale, keys_values = score_scale(config), []
+    def attend(layer: int, turn: Callable[..., Array], q_BHTK: Array, k_BGTK: Array, v_BGTK: Array):
+        keys.append(jnp.swapaxes(k_BGTK, 2, 3))
+        values.append(jnp.swapaxes(v_BGTK, 2, 3))
+        q, k = turn(q_BHTK, angles), turn(k_BGTK, angles)
+        return q, attention.attend(q, k, v_BGTK, visible_BTT, scale=score_scale(config))
+
+    hidden_BTD = _inference_layers(config, params, layers(config, params), tokens_BT, attend, mem, reading)
+    return hidden_BTD, tuple(keys), tuple(values)
+
+
+def extend_window(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    *,
+    mem: memory.Cache,
+    local: memory.Cache,
+    reading: memory.Reading = memory.DENSE,
+    blocks: list[Params] | None = None,
+) -> tuple[Array, memory.Cache]:
+    """The model over tokens that follow what `local` holds of the open window, with `mem` before it.
+
+    Args:
+        tokens_BT: int32, the next T tokens of each row's window, which has room for them.
+        mem: memory, one layer for each of `config.mem_layers`; only read.
+        local: the open window so far, one layer for each of the model's; written in place where it is donated.
+        reading: how memory is read.
+        blocks: `layers(config, params)`, taken apart before where a loop over tokens should not do it each time.
+
+    Returns:
+        hidden [B, T, D] as from `forward`; `local` with the tokens in it.
+    """
+    T = tokens_BT.shape[1]
+    slot_angles = attention.rotary_angles(local.capacity, config.head_size, config.rope_base)
+    angles = slot_angles.at(local.length_B[:, None] + jnp.arange(T)[None, :])
+    filled_BTS = (jnp.arange(local.capacity)[None, :] < local.length_B[:, None])[:, None, :]
+    keys, values = [], []
+
+    def attend(layer: int, turn: Callable[..., Array], q_BHTK: Array, k_BGTK: Array, v_BGTK: Array):
+        q, k_BGKT, v_BGKT = turn(q_BHTK, angles), *(jnp.swapaxes(x, 2, 3) for x in (k_BGTK, v_BGTK))
+        keys.append(k_BGKT)
+        values.append(v_BGKT)
+        now = attention.Source(turn(k_BGKT, angles, slots_last=True), v_BGKT, attention.causal_mask(T))
+        before = turn(local.keys[layer], slot_angles, slots_last=True), local.values[layer], filled_BTS
+        return q, attention.attend(q, *before, now, scale=score_scale(config), slots_last=True)
+
+    blocks = layers(config, params) if blocks is None else blocks
+    hidden_BTD = _inference_layers(config, params, blocks, tokens_BT, attend, mem, reading)
+    # Only this zero makes the append wait for the last read of the cache; without it, it is made in a copy.
+    zero_B = jnp.minimum(jnp.abs(hidden_BTD[:, 0, 0]), 0).astype(jnp.int32)
+    local = dataclasses.replace(local, length_B=local.length_B + zero_B)
+    return hidden_BTD, memory.append(local, keys, values)
+
+
+def _inference_layers(
+    config: ModelConfig,
+    params: Params,
+    blocks: list[Params],
+    tokens_BT: Array,
+    attend: Callable[..., tuple[Array, attention.Partial]],
+    mem: memory.Cache,
+    reading: memory.Reading,
+) -> Array:
+    """Embedding, layers and last norm, [B, T, D].
+
+    Args:
+        attend: (layer, rotation that the layer applies, q, k, v) -> (the queries that memory is read with, the partial
+            over the open window).
+    """
     x_BTD = embed(config, params, tokens_BT)
-    for number, block in enumerate(layers(config, params) if blocks is None else blocks):
+    for number, block in enumerate(blocks):
         m = config.mem_layers.index(number) if number in config.mem_layers else None
-        rotates = m is None or config.mem_positionals
+        turn = attention.rotate if m is None or config.mem_positionals else _not_rotated
 
-        def attend(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array, number=number, m=m, rotates=rotates) -> Array:
-            turn = attention.rotate if rotates else (lambda x, angles, slots_last=False: x)
-            q = turn(q_BHTK, angles)
-            parts = [attention.attend(q, turn(k_BGTK, angles), v_BGTK, visible_BTT, scale=scale)]
-            if local is not None:
-                k_BGKS = turn(local.keys[number], slot_angles, slots_last=True)
-                cached = k_BGKS, local.values[number], slot_visible_BTS
-                parts.append(attention.attend(q, *cached, scale=scale, slots_last=True))
+        def with_memory(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array, number=number, m=m, turn=turn) -> Array:
+            q, *partials = attend(number, turn, q_BHTK, k_BGTK, v_BGTK)
             if m is not None and mem.capacity:
-                parts.append(memory.read(reading, q, mem.keys[m], mem.values[m], mem.length_B, scale=scale))
-            return attention.merge(*parts).o_BHTK.astype(q.dtype)
+                arrays = mem.keys[m], mem.values[m], mem.length_B
+                partials.append(memory.read(reading, q, *arrays, scale=score_scale(config)))
+            return attention.merge(*partials).o_BHTK.astype(q.dtype)
 
-        x_BTD, new = Block(config).apply({"params": block}, x_BTD, attend)
-        keys_values.append([jnp.swapaxes(x_BGTK, 2, 3) for x_BGTK in new])
-    keys, values = zip(*keys_values, strict=True)
-    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps), keys, values
+        x_BTD, _ = Block(config).apply({"params": block}, x_BTD, with_memory)
+    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps)
+
+
+def _not_rotated(x: Array, angles: attention.Angles, slots_last: bool = False) -> Array:
+    return x

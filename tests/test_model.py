@@ -182,19 +182,18 @@ def test_a_window_read_in_pieces_is_the_window_read_at_once(changes):
     past, now = rng.integers(0, config.vocab_size, (2, 2, 6)).astype(np.int32)
 
     @jax.jit
-    def read(tokens_BT, mem, local, count_B):
-        hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, local=local)
+    def read(tokens_BT, mem, count_B):
+        hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem)
         mine = [layer for layer in range(config.n_layers) if layer in config.mem_layers]
-        remembered = memory.append(mem, [keys[i] for i in mine], [values[i] for i in mine], count_B)
-        return hidden, memory.append(local, keys, values), remembered
+        return hidden, memory.append(mem, [keys[i] for i in mine], [values[i] for i in mine], count_B)
 
-    mem = memory.init_memory(config, 2, 9)
-    nothing = memory.init_cache(config, 2, config.n_layers, config.window, "float32")
+    extend = jax.jit(lambda tokens_BT, local: model.extend_window(config, params, tokens_BT, mem=mem, local=local))
     # Row 1 remembers three tokens only.
-    mem = read(past, mem, nothing, np.array([6, 3], np.int32))[2]
-    whole, pieces, local = read(now, mem, nothing, np.zeros(2, np.int32))[0], [], nothing
-    for start in range(6):
-        hidden, local, _ = read(now[:, start : start + 1], mem, local, np.zeros(2, np.int32))
+    mem = read(past, memory.init_memory(config, 2, 9), np.array([6, 3], np.int32))[1]
+    whole, pieces = read(now, mem, np.zeros(2, np.int32))[0], []
+    local = memory.init_cache(config, 2, config.n_layers, config.window, "float32")
+    for start, stop in ((0, 1), (1, 2), (2, 5), (5, 6)):
+        hidden, local = extend(now[:, start:stop], local)
         pieces.append(hidden)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=2e-5)
     np.testing.assert_array_equal(local.length_B, [6, 6])
