@@ -277,8 +277,8 @@ def forward(
         segment_ids_BT: int32; local attention stays within a segment, segment 0 is padding. None: one segment.
         remat: what the backward pass recomputes: "none", "full" (layers, from their inputs), or "dots" (all but matrix
             products with weights).
-        unroll: whether layers of a kind are compiled one by one. On a CPU that saves 5% of a step; elsewhere it costs
-            compile time and memory.
+        unroll: whether layers of a kind are compiled one by one. On a CPU that saves a tenth of a step; elsewhere it
+            costs compile time and memory.
 
     Returns:
         [B, T, D] in the compute dtype, after the last norm; `logits` takes it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from fot_jax import checkpoint, crossbatch, data, sources
 from fot_jax.config import DtypePolicy, ModelConfig, named, read_hf
 from fot_jax.formats import hf
 from fot_jax.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 def default_config() -> ConfigDict:
@@ -105,6 +108,24 @@ _CHOICES = {
 }
 
 
+# Settings that only some values of another setting use; with the others they change nothing, which is worth a warning.
+_USED_WITH = {
+    "crossbatch.packing": ("crossbatch.kind", ("none", "published")),
+    "crossbatch.stepping": ("crossbatch.kind", ("published",)),
+    "crossbatch.windows": ("crossbatch.kind", ("blocks",)),
+    "crossbatch.loss_on_previous": ("crossbatch.kind", ("blocks",)),
+    "crossbatch.contexts": ("crossbatch.kind", ("published", "blocks")),
+    "crossbatch.schedule": ("crossbatch.kind", ("published", "blocks")),
+    "crossbatch.switch_step": ("crossbatch.schedule", ("switch_step",)),
+    "crossbatch.switch_accuracy": ("crossbatch.schedule", ("switch_accuracy",)),
+}
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(lambda c, name: c[name], key.split("."), config)
+
+
 def check_config(config: ConfigDict) -> None:
     """Refuses a configuration whose keys or values cannot be trained, before any long work.
 
@@ -125,19 +146,24 @@ def check_config(config: ConfigDict) -> None:
 
     compare(config, default_config(), "")
     for key, choices in _CHOICES.items():
-        value = functools.reduce(lambda c, name: c[name], key.split("."), config)
-        if value not in choices:
+        if (value := _get(config, key)) not in choices:
             raise ValueError(f"config key {key} is {value!r}; wanted one of {', '.join(choices)}")
     for key in ("steps", "log_every", "batch.rows", "batch.accumulate", "checkpoint.every", "checkpoint.keep_last"):
-        value = functools.reduce(lambda c, name: c[name], key.split("."), config)
-        if value < 1:
+        if (value := _get(config, key)) < 1:
             raise ValueError(f"config key {key} is {value}; wanted at least 1")
-    values = 2 if config.crossbatch.schedule.startswith("switch") else 1
-    if len(config.crossbatch.contexts) < values:
+    found = len(config.crossbatch.contexts)
+    values = {"constant": 1, "draw": max(found, 1)}.get(config.crossbatch.schedule, 2)
+    if found != values:
         raise ValueError(
             f"crossbatch.contexts is {config.crossbatch.contexts}; crossbatch.schedule {config.crossbatch.schedule!r} "
-            f"wanted at least {values} values"
+            f"wanted {values} value{'s' if values > 1 else ''}"
         )
+    default = default_config()
+    for key, (choice, users) in _USED_WITH.items():
+        if _get(config, choice) not in users and _get(config, key) != _get(default, key):
+            _log.warning(
+                "config key %s is %r; %s %r does not use it", key, _get(config, key), choice, _get(config, choice)
+            )
 
 
 def model_config(config: ConfigDict, pretrained: ModelConfig | None = None) -> ModelConfig:
@@ -340,6 +366,14 @@ def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str,
         raise ValueError(
             f"batch.rows / batch.accumulate is {rows // parts}; wanted a multiple of {windows}, the windows that a "
             f"document has in a batch (packing; crossbatch.kind {config.crossbatch.kind!r})"
+        )
+    processes = jax.process_count()
+    if parts > 1 and processes > 1 and ((rows // parts) % (windows * processes) or config.crossbatch.kind == "blocks"):
+        # Each process deals its own rows to microbatches; of blocks it holds too few to do so.
+        raise ValueError(
+            f"batch.rows is {rows} with batch.accumulate {parts}, {processes} processes and crossbatch.kind "
+            f"{config.crossbatch.kind!r}; wanted whole documents of {windows} windows in each process's share of a "
+            "microbatch, and no accumulation with blocks"
         )
     ways = mesh_shape["data"] * mesh_shape["fsdp"]
     if (rows // parts) % ways:

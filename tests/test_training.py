@@ -315,7 +315,9 @@ def test_a_llama_goes_on_as_a_focused_transformer(tmp_path):
         (dict(model__size="gigantic"), "model size is 'gigantic'"),
         (dict(crossbatch__kind="blocks", crossbatch__contexts=(9,)), "contexts is 9; wanted 1..4"),
         (dict(crossbatch__kind="all"), "crossbatch.kind is 'all'; wanted one of none, published"),
-        (dict(crossbatch__schedule="switch_step"), "wanted at least 2 values"),
+        (dict(crossbatch__schedule="switch_step"), "wanted 2 values"),
+        (dict(crossbatch__contexts=(1, 3)), r"contexts is \(1, 3\); crossbatch.schedule 'constant' wanted 1 value"),
+        (dict(crossbatch__schedule="draw", crossbatch__contexts=()), "wanted 1 value"),
         (dict(optimizer__name="adamm"), "optimizer.name is 'adamm'; wanted one of adamw"),
         (dict(remat="some"), "remat is 'some'"),
         (dict(steps=0), "steps is 0; wanted at least 1"),
@@ -327,6 +329,28 @@ def test_bad_values_are_errors_before_any_work(changes, message, tmp_path, devic
     with pytest.raises(ValueError, match=message):
         training.train(toy.config(**changes), tmp_path / "never", iter(()))
     assert not (tmp_path / "never").exists()
+
+
+def test_settings_that_change_nothing_are_warned_of(caplog):
+    run_config.check_config(toy.config(crossbatch__kind="blocks", crossbatch__packing=4, crossbatch__switch_step=9))
+    assert [record.getMessage() for record in caplog.records] == [
+        "config key crossbatch.packing is 4; crossbatch.kind 'blocks' does not use it",
+        "config key crossbatch.switch_step is 9; crossbatch.schedule 'constant' does not use it",
+    ]
+    caplog.clear()
+    run_config.check_config(toy.config(crossbatch__kind="published", crossbatch__packing=4))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(8, "published"), (16, "blocks")])
+def test_microbatches_of_several_processes_hold_whole_documents(rows, kind, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    ways = dict(data=1, fsdp=1)
+    good = toy.config(batch__rows=16, batch__accumulate=2, crossbatch__kind="published", crossbatch__packing=2)
+    run_config.check_batch(good, run_config.model_config(good), ways)
+    bad = toy.config(batch__rows=rows, batch__accumulate=2, crossbatch__kind=kind, crossbatch__packing=2)
+    with pytest.raises(ValueError, match=f"batch.rows is {rows} with batch.accumulate 2, 4 processes"):
+        run_config.check_batch(bad, run_config.model_config(bad), ways)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
