@@ -67,7 +67,8 @@ class ModelConfig:
         rope_base: rotary base; angle of pair i at position p is p * rope_base ** (-2 i / K).
         norm_eps: RMSNorm's epsilon.
         tie_embeddings: whether the head is the embedding, transposed.
-        last_context_length: tokens of a long prompt left in the open window, at most W; see `generate`.
+        last_context_length: tokens of a long prompt left in the open window; see `generate`. Brought into 1..W, because
+            the default and files are often beyond a small window.
         init_std: standard deviation of initial weights.
         bos_id, eos_id, pad_id: special tokens; None where there is none.
         dtypes: see DtypePolicy.
@@ -99,6 +100,9 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
+        for name in ("n_kv_heads", "head_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1, or 0 for the default")
         set_("n_kv_heads", self.n_kv_heads or self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads is {self.n_heads}; wanted a multiple of n_kv_heads, {self.n_kv_heads}")
@@ -247,12 +251,17 @@ def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelCo
         if theirs in fields and (fields[theirs] is not None or theirs.endswith("token_id"))
     }
     known.setdefault("rope_base", scaling.get("rope_theta", 10000.0))
+    if isinstance(known["rope_base"], (str, list, bool)):
+        raise ValueError(f"config.json: rope_theta is {known['rope_base']!r}; wanted a number")
     if isinstance(known.get("eos_id"), list):
-        known["eos_id"] = known["eos_id"][0]
+        known["eos_id"] = known["eos_id"][0] if known["eos_id"] else None
+    mem_layers = fields.get("mem_layers") or ()
+    if not isinstance(mem_layers, (list, tuple)) or not all(isinstance(layer, int) for layer in mem_layers):
+        raise ValueError(f"config.json: mem_layers is {mem_layers!r}; wanted a list of whole numbers")
     dtype = compute_dtype or fields.get("torch_dtype") or fields.get("dtype") or "float32"
     return ModelConfig(
         **known,
-        mem_layers=tuple(fields.get("mem_layers") or ()),
+        mem_layers=tuple(mem_layers),
         qk_norm=bool(fields.get("qk_norm", False)),
         dtypes=DtypePolicy(params=dtype, compute=dtype, memory=fields.get("mem_dtype") or dtype),
     )

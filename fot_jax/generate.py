@@ -32,7 +32,7 @@ def _check_tokens(config: ModelConfig, tokens_BT: Any, last_context_length: int 
             f"tokens have shape {tokens_BT.shape}, dtype {tokens_BT.dtype}; wanted integers [B, T], none of them empty"
         )
     c = config.last_context_length if last_context_length is None else last_context_length
-    if not 1 <= c <= config.window:
+    if not isinstance(c, (int, np.integer)) or not 1 <= c <= config.window:
         raise ValueError(f"last_context_length is {c}; wanted 1..{config.window} (the window)")
     mask_BT = np.ones(tokens_BT.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if mask_BT.shape != tokens_BT.shape:
@@ -87,7 +87,7 @@ def prefill_window(
     return remember(config, mem, keys, values, valid_BT), out
 
 
-# In place where nobody needs the memory before; differentiation does.
+# In place where nobody needs the memory before; differentiation does (see memory.dense for how far it goes).
 _STATIC = ("config", "reading", "with_logits")
 _prefill_in_place = jax.jit(prefill_window, static_argnames=_STATIC, donate_argnames=("mem",))
 _prefill_kept = jax.jit(prefill_window, static_argnames=_STATIC)
@@ -176,7 +176,8 @@ def prefill(
 
     Args:
         room: new tokens to make room for in memory.
-        memory_capacity: slots of memory to allocate; what the prompt and `room` can need, by default.
+        memory_capacity: slots of memory to allocate, rounded up to whole windows; what the prompt and `room` can need,
+            by default.
 
     Raises:
         ValueError: input that does not fit; prompt and new tokens beyond `memory_capacity`.
@@ -187,20 +188,20 @@ def prefill(
     if not length_B.all():
         raise ValueError(f"row {int(np.argmin(length_B))} of the prompt has no token; wanted at least 1")
     W, B = config.window, len(tokens_BT)
-    # What memory can come to hold: all of the prompt and of the new tokens. A prefill window is written whole.
-    needed = -(-(int(length_B.max()) + room) // W) * W
+    needed = int(length_B.max()) + room  # what memory can come to hold: all of the prompt and of the new tokens
     if memory_capacity is not None and config.mem_layers and memory_capacity < needed:
         raise ValueError(
             f"prompt of {length_B.max()} tokens and {room} new ones need a memory of {needed} slots; "
             f"memory_capacity is {memory_capacity}"
         )
-    mem = memories.init_memory(config, B, memory_capacity or needed)
+    # Whole windows, because a prefill window is written whole.
+    mem = memories.init_memory(config, B, -(-(memory_capacity or needed) // W) * W)
 
     # Rows flush left, so that column j of a row is its token j.
     order = np.argsort(~mask_BT, axis=1, kind="stable")
     tokens_BT = np.take_along_axis(tokens_BT, order, axis=1)
     prefix_B = np.maximum(length_B - c, 0)
-    for start in range(0, prefix_B.max(), W):
+    for start in range(0, prefix_B.max() if config.mem_layers else 0, W):  # nobody else sees what is behind the window
         window = _columns(tokens_BT, np.full(B, start), W)
         mem, _ = _prefill_in_place(
             config, params, window, start + np.arange(W) < prefix_B[:, None], mem, reading=reading
@@ -348,7 +349,8 @@ def generate(
         memory: "dense" or "topk".
         k: slots a query retrieves, for "topk".
         key: random key, needed when temperature > 0.
-        memory_capacity: slots of memory to allocate; what the prompt and N new tokens can need, by default.
+        memory_capacity: slots of memory to allocate, rounded up to whole windows; what the prompt and N new tokens can
+            need, by default.
 
     Returns:
         int32 [B, N]: new tokens only. After `config.eos_id` a row is filled with `config.pad_id`; without an eos it
@@ -359,7 +361,7 @@ def generate(
     """
     if spill not in SPILLS:
         raise ValueError(f"spill is {spill!r}; wanted one of {', '.join(SPILLS)}")
-    if max_new_tokens < 1:
+    if not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted at least 1")
     if temperature < 0 or (temperature > 0 and key is None):
         raise ValueError(

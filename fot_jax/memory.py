@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fot_jax import attention
 from fot_jax.config import ModelConfig
@@ -140,8 +141,8 @@ class Reading:
     Attributes:
         kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
         k: slots a query retrieves, for "topk".
-        score_bytes: bytes of scores held at a time (None: 2 MiB on a CPU, 256 MiB elsewhere); longer queries and
-            memories are streamed in blocks.
+        score_bytes: bytes of scores held at a time (None: 256 MiB, or 2 MiB for more than one query on a CPU); longer
+            queries and memories are streamed in blocks.
     """
 
     kind: str = "dense"
@@ -153,7 +154,7 @@ class Reading:
             raise ValueError(f"memory reading is {self.kind!r}; wanted 'dense' or 'topk'")
         if (self.kind == "topk") != (self.k is not None):
             raise ValueError(f"memory reading {self.kind!r} with k={self.k}; wanted k for 'topk', and only there")
-        if self.k is not None and self.k < 1:
+        if self.k is not None and (not isinstance(self.k, (int, np.integer)) or self.k < 1):
             raise ValueError(f"k is {self.k}; wanted at least 1")
 
 
@@ -175,10 +176,13 @@ def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None) -> tup
 
     Key blocks get no smaller than 256 slots, or matrix products would be; queries are split instead, down to one.
     """
-    if score_bytes is None:  # on a CPU scores should stay in its cache; elsewhere large products and few steps count
-        score_bytes = (2 if jax.default_backend() == "cpu" else 256) * 2**20
+    many = queries > 1
+    if score_bytes is None:
+        # Of many queries a CPU's scores should stay in its cache; elsewhere large products and few steps count. A
+        # single query has fewer scores than its keys have bytes, and a block of keys would be copied to be read.
+        score_bytes = (2 if many and jax.default_backend() == "cpu" else 256) * 2**20
     budget = max(score_bytes // (4 * rows), 1)
-    slot_block = min(slots, max(budget // queries, 256), 2**15)  # no more, so that cost follows the fill
+    slot_block = min(slots, max(budget // queries, 256), 2**15 if many else slots)  # no more: cost follows the fill
     return max(1, min(queries, budget // slot_block)), slot_block
 
 
@@ -212,15 +216,17 @@ def _slot_blocks(length_B: Array, slots: int, size: int) -> tuple[Array, Callabl
 def dense(
     q_BHTK: Array, k_BGKM: Array, v_BGKM: Array, length_B: Array, *, scale: float, score_bytes: int | None = None
 ) -> attention.Partial:
-    """Attention over all filled slots, streamed over blocks of slots and of queries; cost follows the fill, not the
-    capacity.
+    """Attention over all filled slots, streamed over blocks of slots and of queries.
+
+    Blocks that no row fills are not read; a single query on a memory whose scores fit `score_bytes` is one block.
+    Derivatives in reverse mode exist where the memory is one block; forward mode always works.
 
     Args:
         q_BHTK: queries, rotated by their position in the window.
-        k_BGKM, v_BGKM: memory, any dtype.
+        k_BGKM, v_BGKM: memory, any dtype; finite numbers beyond the fill too, as caches have.
         length_B: int32, filled slots of each row.
         scale: what scores are multiplied by.
-        score_bytes: bytes of scores held at a time; None: 2 MiB on a CPU, 256 MiB elsewhere.
+        score_bytes: bytes of scores held at a time; None: 256 MiB, or 2 MiB for more than one query on a CPU.
 
     Returns:
         The partial; zero and -inf for a row whose memory is empty.
@@ -288,8 +294,9 @@ def topk(
     """Attention of each query of each head over its k best filled slots by inner product, exactly (arXiv 2307.03170,
     section 3.1).
 
-    Blocks of slots are scored one after another, with the k best so far carried along; never are all scores held.
-    Selection is by the unscaled inner product, ties go to the lowest slot.
+    Blocks of slots are scored one after another, with the k best so far carried along, so that no more scores than
+    `score_bytes` are held. Selection is by the unscaled inner product, ties go to the lowest slot. Derivatives exist in
+    forward mode only.
 
     Args:
         q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes: as for `dense`.
@@ -374,8 +381,8 @@ def topk_attention(
         k: slots to retrieve, at least 1; may exceed what is filled.
         scale: what inner products are multiplied by in the softmax; K ** -0.5 by default. Selection is by the inner
             products themselves; ties go to the lowest slot, as in `jax.lax.top_k`.
-        score_bytes: bytes of scores held at a time (None: 2 MiB on a CPU, 256 MiB elsewhere); beyond, queries and
-            slots are streamed in blocks.
+        score_bytes: bytes of scores held at a time (None: 256 MiB, or 2 MiB for more than one query on a CPU); beyond,
+            queries and slots are streamed in blocks.
 
     Returns:
         o_BTHK float32, softmax average of the retrieved values, zero where nothing is filled;

@@ -288,9 +288,11 @@ def forward(
     """
     if remat not in REMAT:
         raise ValueError(f"remat is {remat!r}; wanted one of {', '.join(REMAT)}")
-    T = tokens_BT.shape[1]
+    B, T = tokens_BT.shape
+    if plan is not None and plan.rows != B:
+        raise ValueError(f"batch has {B} rows; the crossbatch plan is for {plan.rows}")
     angles = attention.rotary_angles(T, config.head_size, config.rope_base)
-    own_only = crossbatch.published_plan(tokens_BT.shape[0], 0)
+    own_only = crossbatch.published_plan(B, 0)
 
     def layer(memory_layer: bool) -> Callable[[Array, Params], Array]:
         def attend(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array) -> Array:

@@ -134,10 +134,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def param_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Shardings of parameters, or of optimizer state that holds trees shaped like them.
-
-    Scalars, and statistics of lower rank than their parameter (Adafactor's rows and columns), are replicated: they
-    are small.
+    """Shardings of parameters, stacked by layer or not. (Optimizer state: `training.state_shardings`.)
 
     Raises:
         ValueError: a parameter that is not in the table, or a dimension its mesh axes do not divide.
@@ -145,13 +142,9 @@ def param_shardings(mesh: Mesh, tree: Any) -> Any:
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
-        if leaf.ndim == 0:
-            return replicated(mesh)
         logical = PARAMETERS.get(names[-2:])
         if logical is None:
             raise ValueError(f"parameter {'/'.join(names)} of shape {leaf.shape} has no row in sharding.PARAMETERS")
-        if leaf.ndim < len(logical) or math.prod(leaf.shape) == 1:
-            return replicated(mesh)
         stacked = (None,) * (leaf.ndim - len(logical))
         split = spec(*stacked, *logical)
         for size, axes in zip(leaf.shape, split, strict=True):

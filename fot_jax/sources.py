@@ -117,6 +117,12 @@ def _text_field(record: Any, field: str, place: str) -> str:
         raise ValueError(f"{place}: no field {field!r}; found {found}")
     if not isinstance(record[field], str):
         raise ValueError(f"{place}: field {field!r} is a {type(record[field]).__name__}; wanted a text")
+    try:
+        record[field].encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+        raise ValueError(
+            f"{place}: field {field!r} has no UTF-8 at character {error.start} ({error.reason})"
+        ) from error
     return record[field]
 
 

@@ -123,6 +123,10 @@ def test_from_hf_defaults_are_llamas():
         (dict(torch_dtype="int8"), "dtypes.params is 'int8'; wanted one of float32"),
         (dict(mem_layers=[4]), r"mem_layers has 4; wanted layers in 0..3"),
         (dict(vocab_size=0), "vocab_size is 0; wanted at least 1"),
+        (dict(num_key_value_heads=-2), "n_kv_heads is -2; wanted at least 1"),
+        (dict(head_dim=-6), "head_size is -6; wanted at least 1"),
+        (dict(mem_layers="1"), "mem_layers is '1'; wanted a list of whole numbers"),
+        (dict(rope_theta="x"), "rope_theta is 'x'; wanted a number"),
     ],
 )
 def test_from_hf_refuses_what_it_cannot_do(change, message):

@@ -141,6 +141,11 @@ BAD = {
     "field": ({"x__jsonl": '{"body": "a", "n": 1}'}, ValueError, "x.jsonl:1: no field 'text'; found 'body', 'n'"),
     "object": ({"x__jsonl": "[1]"}, ValueError, "x.jsonl:1: no field 'text'; found list"),
     "value": ({"x__jsonl": '{"text": 7}'}, ValueError, "x.jsonl:1: field 'text' is a int"),
+    "surrogate": (
+        {"x__jsonl": r'{"text": "a \ud800"}'},
+        ValueError,
+        "x.jsonl:1: field 'text' has no UTF-8 at character 2",
+    ),
     "short": (
         {"x__jsonl": '{"text": "a b c"}\n{"text": ""}'},
         ValueError,

@@ -291,7 +291,10 @@ def test_input_that_does_not_fit(call, tokens_BT, options, message):
         ({"temperature": 1.0}, "a key where it is above 0"),
         ({"attention_mask": np.array([[1, 1, 0, 1], [0, 0, 0, 0]])}, "row 1 of the prompt has no token"),
         ({"memory_capacity": 0}, "memory_capacity is 0"),
-        ({"memory_capacity": 7}, "prompt of 4 tokens and 3 new ones need a memory of 8 slots; memory_capacity is 7"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; wanted at least 1"),
+        ({"last_context_length": 2.5}, "last_context_length is 2.5; wanted 1..8"),
+        ({"memory": "topk", "k": 2.5}, "k is 2.5; wanted at least 1"),
+        ({"memory_capacity": 6}, "prompt of 4 tokens and 3 new ones need a memory of 7 slots; memory_capacity is 6"),
     ],
 )
 def test_generation_that_cannot_be(options, message):

@@ -197,6 +197,11 @@ def test_a_window_read_in_pieces_is_the_window_read_at_once(changes):
         pieces.append(hidden)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=2e-5)
     np.testing.assert_array_equal(local.length_B, [6, 6])
+    # Rows at positions of their own: row 1 starts its window again where row 0 goes on.
+    uneven = memory.Cache(local.keys, local.values, np.array([2, 0], np.int32))
+    hidden, uneven = extend(np.stack([now[0, 2:5], now[1, :3]]), uneven)
+    np.testing.assert_allclose(hidden, np.stack([whole[0, 2:5], whole[1, :3]]), atol=2e-5)
+    np.testing.assert_array_equal(uneven.length_B, [5, 3])
     for b, n in enumerate((6, 3)):
         tokens = np.concatenate([past[b, :n], now[b]])[None]
         start = np.array([[0] * n + [n] * 6])
@@ -247,14 +252,24 @@ def test_every_parameter_of_every_size_has_a_row(devices, size):
     assert tuple(q["mlp"]["down"])[-2:] == ("tensor", "fsdp")
 
 
-def test_shardings_of_other_trees(devices):
+@pytest.mark.parametrize("plan", [crossbatch.published_plan(8, 3, 2, True), crossbatch.block_plan(8, 3)])
+def test_crossbatch_on_a_mesh_is_crossbatch_on_one_device(plan, devices):
+    params, tokens_BT = reference.random_params(CONFIG), np.tile(TOKENS, (2, 1))[:, ::-1]
+
+    @jax.value_and_grad
+    def loss(params):
+        return jnp.square(model.forward(CONFIG, params, tokens_BT, plan=plan)).mean()
+
+    alone = jax.jit(loss)(params)
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, devices)
-    params = model.abstract_params(CONFIG)
-    # Optimizer state: trees of the parameters' shapes, counters, and a factored statistic's single dimension.
-    state = {"count": jnp.zeros(()), "mu": params, "row": {"mlp": {"gate": jnp.zeros(20)}}}
-    found = sharding.param_shardings(mesh, state)
-    assert found["mu"] == sharding.param_shardings(mesh, params)
-    assert found["count"].spec == P() and found["row"]["mlp"]["gate"].spec == P()
+    with jax.set_mesh(mesh):
+        assert sharding.ways("batch") == 4
+        split = jax.jit(loss)(jax.device_put(params, sharding.param_shardings(mesh, params)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), split, alone)
+
+
+def test_trees_that_the_table_does_not_fit(devices):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}, devices)
     with pytest.raises(ValueError, match=r"parameter attention/bias of shape \(4,\) has no row in sharding.PARAMETERS"):
         sharding.param_shardings(mesh, {"attention": {"bias": jnp.zeros(4)}})
     with pytest.raises(
