@@ -15,7 +15,7 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fot_jax import data, evals, sources
+from fot_jax import data, evals, run_config, sources
 from fot_jax.host import keep_freed_memory
 from fot_jax.pretrained import load_pretrained
 from fot_jax.tokenizer import Tokenizer, check_vocab
@@ -37,17 +37,19 @@ def main(argv: list[str]) -> None:
     evaluation = importlib.import_module(evals.EVALUATIONS[config.evaluation])
     out = pathlib.Path(_OUT.value or checkpoint / "eval")
 
+    # Everything that can be wrong, before any long work.
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(f"{checkpoint}: no such directory; wanted train.py's or a Hugging Face model's")
+    evaluation.check(run_config.read_model(checkpoint), config.options)
+    if not config.data.sources:
+        raise ValueError("config key data.sources is empty; wanted at least one source")
+    corpora = [sources.open_corpus(source, field=config.data.field) for source in config.data.sources]
     tokenizer = Tokenizer.load(config.data.tokenizer or checkpoint / "tokenizer.model")
     model, params = load_pretrained(checkpoint, config.dtype)
     check_vocab(tokenizer, model.vocab_size)
 
     prepared = config.data.prepared or out / "data"
-    sets = [
-        data.prepare(
-            sources.open_corpus(source, field=config.data.field), tokenizer, prepared, skip_short=config.data.skip_short
-        )
-        for source in config.data.sources
-    ]
+    sets = [data.prepare(corpus, tokenizer, prepared, skip_short=config.data.skip_short) for corpus in corpora]
     mixture = data.Mixture([data.Source(documents) for documents in sets], seed=None, repeat=False)
     documents = [mixture.tokens(i) for i in range(mixture.n_documents)]
 

@@ -37,20 +37,26 @@ def main(argv: list[str]) -> None:
 
     # 1. Everything that can be wrong with the configuration, before any long work.
     model, mesh = training.check(config, workdir)
+    if not config.data.tokenizer:
+        raise ValueError("config key data.tokenizer is empty; wanted a SentencePiece model")
     tokenizer = Tokenizer.load(config.data.tokenizer)
     check_vocab(tokenizer, model.vocab_size)
+    own = workdir / "tokenizer.model"
+    if checkpoint.is_workdir(workdir) and own.exists() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{config.data.tokenizer} is another tokenizer than {own}, which the checkpoints there are of")
+    splits = ("train", "validation") if config.validation.every else ("train",)
+    corpora = {split: run_config.open_corpora(config, split) for split in splits}
     log.info("model %s on mesh %s", model, dict(mesh.shape))
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_json(workdir / "config.json", config.to_dict())
-    tokenizer.save(workdir / "tokenizer.model")
+    tokenizer.save(own)
 
     # 2. Data: tokenised the first time, then opened. Batches are made ahead in a thread.
     prepared = config.data.prepared or workdir / "data"
-    documents = run_config.data_source(config, "train", tokenizer, prepared)
+    documents = run_config.data_source(config, "train", corpora["train"], tokenizer, prepared)
     batches = data.Batches(run_config.packed(config, model, documents))
     validation = ()
     if config.validation.every:
-        held_out = run_config.data_source(config, "validation", tokenizer, prepared)
+        held_out = run_config.data_source(config, "validation", corpora["validation"], tokenizer, prepared)
         validation = data.Batches(run_config.packed(config, model, held_out))
 
     # 3. Parameters, optimizer and data position: from the latest checkpoint in the working directory; else parameters

@@ -6,7 +6,7 @@ A working directory holds `model.json` (the ModelConfig, so that an evaluation n
     params      the parameter tree
     optimizer   the optimizer's arrays and the step, flat, named by their path
     data        JSON: the data iterator's state, the same on every process
-    run         JSON: one bit sum per array, and whatever else the loop must remember
+    run         JSON: one bit sum per array, a hash of `data`, and whatever else the loop must remember
 
 A step is written beside (`STEP.orbax-checkpoint-tmp`) and renamed when it is whole, so a name that is a number is a
 complete checkpoint whatever killed the process. The array files have no checksum of their own: a flipped bit would load
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -107,6 +108,10 @@ def _sums(**parts: PyTree) -> dict[str, int]:
     return {name: int(total) for name, total in jax.device_get(_bit_sums(leaves)).items()}
 
 
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 class Checkpoints:
     """The checkpoints of the one process group that trains in a working directory.
 
@@ -127,7 +132,7 @@ class Checkpoints:
         workdir = pathlib.Path(workdir).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         if steps(workdir):
-            _check_same_model(workdir, config)
+            check_same_model(workdir, config)
         if jax.process_index() == 0:
             write_model(workdir, config)
             for half in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
@@ -167,7 +172,7 @@ class Checkpoints:
             "params": params,
             "optimizer": flat,
             "data": data,
-            "run": {**run, "bit_sums": _sums(params=params, optimizer=flat)},
+            "run": {**run, "bit_sums": _sums(params=params, optimizer=flat), "data_hash": _hash(data)},
         }
         try:
             self._pending = (step, self._orbax.save_checkpointables_async(step, parts, force=True))
@@ -216,7 +221,8 @@ class Checkpoints:
         )
 
 
-def _check_same_model(workdir: pathlib.Path, config: ModelConfig) -> None:
+def check_same_model(workdir: str | pathlib.Path, config: ModelConfig) -> None:
+    """Raises CheckpointError if `model.json` says another model, each field by name; number formats may differ."""
     found, wanted = dataclasses.asdict(read_model(workdir)), dataclasses.asdict(config)
     # Number formats may change between runs (a TPU's bfloat16, a CPU's float32); what the parameters mean may not.
     wrong = [
@@ -250,7 +256,10 @@ def restore(
     path = _path(workdir, step)
     flat = named_leaves(optimizer)
     loaded = _load(path, {"params": params, "optimizer": flat, "data": None, "run": None})
-    _check_sums(path, loaded["run"].pop("bit_sums"), params=loaded["params"], optimizer=loaded["optimizer"])
+    _check_sums(path, loaded["run"], params=loaded["params"], optimizer=loaded["optimizer"])
+    if loaded["run"].pop("data_hash", None) != _hash(loaded["data"]):
+        raise _damaged(path, "another data position than was saved")
+    del loaded["run"]["bit_sums"]
     leaves = [loaded["optimizer"][name] for name in flat]
     return loaded["params"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves), loaded["data"], loaded["run"]
 
@@ -281,7 +290,7 @@ def load_params(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), _metadata(path, "params")["params"]
         )
     loaded = _load(path, {"params": abstract, "run": None})
-    _check_sums(path, loaded["run"]["bit_sums"], params=loaded["params"])
+    _check_sums(path, loaded["run"], params=loaded["params"])
     return config, loaded["params"]
 
 
@@ -343,7 +352,10 @@ def _describe(leaf: Any) -> str:
     return "absent" if leaf is None else f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _check_sums(path: pathlib.Path, wanted: dict[str, int], **parts: PyTree) -> None:
+def _check_sums(path: pathlib.Path, run: Any, **parts: PyTree) -> None:
+    wanted = run.get("bit_sums") if isinstance(run, dict) else None
+    if not isinstance(wanted, dict):
+        raise _damaged(path, "no sums of the saved bits")
     wrong = [name for name, total in _sums(**parts).items() if wanted.get(name) != total]
     if wrong:
         raise _damaged(path, f"other bits than were saved in {', '.join(wrong[:8])}")

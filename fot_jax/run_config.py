@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -148,9 +149,12 @@ def check_config(config: ConfigDict) -> None:
     for key, choices in _CHOICES.items():
         if (value := _get(config, key)) not in choices:
             raise ValueError(f"config key {key} is {value!r}; wanted one of {', '.join(choices)}")
-    for key in ("steps", "log_every", "batch.rows", "batch.accumulate", "checkpoint.every", "checkpoint.keep_last"):
-        if (value := _get(config, key)) < 1:
-            raise ValueError(f"config key {key} is {value}; wanted at least 1")
+    least = dict.fromkeys(("steps", "log_every", "batch.rows", "batch.accumulate", "validation.batches"), 1)
+    least |= dict.fromkeys(("checkpoint.every", "checkpoint.keep_last"), 1)
+    least |= dict.fromkeys(("seed", "data.seed", "loss_chunk", "optimizer.clip_norm", "validation.every"), 0)
+    for key, lowest in least.items():
+        if (value := _get(config, key)) < lowest:
+            raise ValueError(f"config key {key} is {value}; wanted at least {lowest}")
     found = len(config.crossbatch.contexts)
     values = {"constant": 1, "draw": max(found, 1)}.get(config.crossbatch.schedule, 2)
     if found != values:
@@ -170,10 +174,20 @@ def model_config(config: ConfigDict, pretrained: ModelConfig | None = None) -> M
     """The model that `config.model` describes: a named size or the pretrained one, with the stated fields replaced.
 
     Raises:
-        ValueError: an unknown size, values that ModelConfig refuses, or too few of them.
+        ValueError: an unknown size, values that ModelConfig refuses, or too few of them; a size whose maths is not that
+            of the pretrained model.
     """
     stated = {key: value for key, value in config.model.items() if value is not None and key not in ("size", "dtypes")}
     base = named(config.model.size) if config.model.size else pretrained
+    if config.model.size and pretrained:
+        # Shapes are compared elsewhere; parameters do not show these.
+        for name in ("norm_eps", "rope_base", "qk_norm", "mem_positionals"):
+            ours, theirs = getattr(base, name), getattr(pretrained, name)
+            if ours != theirs and name not in stated and (name != "mem_positionals" or pretrained.mem_layers):
+                raise ValueError(
+                    f"{name} is {theirs!r} in the model to start from and {ours!r} in model.size "
+                    f"{config.model.size!r}; wanted model.{name} stated"
+                )
     if base is None:
         needed = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
         if missing := [f"model.{name}" for name in needed if name not in stated]:
@@ -189,6 +203,8 @@ def model_config(config: ConfigDict, pretrained: ModelConfig | None = None) -> M
 
 def read_model(path: str | os.PathLike) -> ModelConfig:
     """The configuration of the model in a working directory or a Hugging Face directory; parameters become float32."""
+    if (pathlib.Path(path) / "model.json").is_file() and not checkpoint.is_workdir(path):
+        raise checkpoint.CheckpointError(f"{path} is a working directory without a checkpoint; wanted one with")
     base = checkpoint.read_model(path) if checkpoint.is_workdir(path) else read_hf(path)
     return base.replace(dtypes=dataclasses.replace(base.dtypes, params="float32"))
 
@@ -391,30 +407,45 @@ def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str,
         make_plan(config, contexts)
 
 
-def data_source(config: ConfigDict, split: str, tokenizer: Tokenizer, prepared: str | os.PathLike) -> data.Mixture:
-    """The documents of `config.data`, tokenised where they are not yet.
-
-    Args:
-        split: 'train', drawn without end by weight; or 'validation', every document once, in order.
-        prepared: folder for tokenised documents.
+def open_corpora(config: ConfigDict, split: str) -> list[sources.Corpus]:
+    """The sources of a split of `config.data`, found but not read.
 
     Raises:
-        ValueError: no sources, lists of different lengths, or what reading the files raises.
+        ValueError: no sources, lists of different lengths, or what opening the sources raises.
     """
     c = config.data
-    names, each = (c.train, (c.weights, c.min_tokens)) if split == "train" else (c.validation, ((), ()))
+    names, each = (c.train, (c.weights, c.min_tokens)) if split == "train" else (c.validation, ())
     if not names:
         raise ValueError(f"data.{split} is empty; wanted at least one source")
     if wrong := [x for x in each if len(x) not in (0, len(names))]:
         raise ValueError(
             f"data.weights or data.min_tokens has {len(wrong[0])} values; wanted {len(names)}, one a source, or none"
         )
+    return [sources.open_corpus(source, field=c.field) for source in names]
+
+
+def data_source(
+    config: ConfigDict,
+    split: str,
+    corpora: Sequence[sources.Corpus],
+    tokenizer: Tokenizer,
+    prepared: str | os.PathLike,
+) -> data.Mixture:
+    """The documents of `config.data`, tokenised where they are not yet.
+
+    Args:
+        split: 'train', drawn without end by weight; or 'validation', every document once, in order.
+        corpora: the split's, from `open_corpora`.
+        prepared: folder for tokenised documents.
+
+    Raises:
+        ValueError: what reading the files raises.
+    """
+    c = config.data
     longest = c.max_tokens if split == "train" else 0
-    weights, shortest = each[0] or (1.0,) * len(names), each[1] or (0,) * len(names)
-    sets = [
-        data.prepare(sources.open_corpus(source, field=c.field), tokenizer, prepared, skip_short=c.skip_short)
-        for source in names
-    ]
+    weights, shortest = (c.weights, c.min_tokens) if split == "train" else ((), ())
+    weights, shortest = weights or (1.0,) * len(corpora), shortest or (0,) * len(corpora)
+    sets = [data.prepare(corpus, tokenizer, prepared, skip_short=c.skip_short) for corpus in corpora]
     parts = [
         data.Source(documents, weight, least, longest)
         for documents, weight, least in zip(sets, weights, shortest, strict=True)

@@ -158,7 +158,14 @@ def _read_parquet(path: pathlib.Path, name: str, field: str) -> Iterator[Documen
     if field not in table.schema_arrow.names:
         raise ValueError(f"{path}: no column {field!r}; found {', '.join(map(repr, table.schema_arrow.names))}")
     number = 0
-    for batch in table.iter_batches(batch_size=256, columns=[field]):
+    batches = table.iter_batches(batch_size=256, columns=[field])
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path}, after row {number}: damaged ({error})") from error
+        if batch is None:
+            return
         for value in batch.column(0):
             number += 1
             place = f"{path}, row {number}"

@@ -290,13 +290,22 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
 
     Raises:
         ValueError: see `run_config.check_config`, `model_config` and `check_batch`, and `sharding.make_mesh`.
+        CheckpointError: the model in `workdir` or `init_from` is another.
     """
     run_config.check_config(config)
     mesh = sharding.make_mesh({axis: size for axis, size in config.mesh.items() if size})
     source = workdir if checkpoint.is_workdir(workdir) else config.init_from
     model_config = run_config.model_config(config, run_config.read_model(source) if source else None)
     run_config.check_batch(config, model_config, mesh.shape)
-    sharding.param_shardings(mesh, model.abstract_params(model_config))
+    wanted = model.abstract_params(model_config)
+    sharding.param_shardings(mesh, wanted)
+    if source == workdir:
+        checkpoint.check_same_model(workdir, model_config)
+    elif source:
+        found = run_config.read_model(source).replace(dtypes=model_config.dtypes)
+        if found.n_layers == model_config.n_layers:
+            found = found.replace(mem_layers=model_config.mem_layers)  # they have no parameters of their own
+        checkpoint.check_shapes(source, "params", model.abstract_params(found), wanted)
     return model_config, mesh
 
 
@@ -407,6 +416,7 @@ def train(
             values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
             metrics.write(step, {f"validation_{key}": value for key, value in values.items()})
 
+        checkpoint.write_json(workdir / "config.json", config.to_dict())
         if step:
             _log.info("resuming from step %d in %s", step, workdir)
         last = step >= config.steps
@@ -423,14 +433,16 @@ def train(
                 pending.append((step, plan, values))
                 saved.poll()
                 last = step == config.steps or bool(stop)
+                # Validation comes before the save, so that a run killed in between does it again; who asks a run to
+                # stop should not have to wait for it.
+                if held_out and not stop and (last or step % config.validation.every == 0):
+                    with meter.pause():
+                        settle()
+                        validate()
                 if last or saved.should_save(step):
                     settle()  # before the save: a state that is not finite must not become a checkpoint
                     rest = {"step": state.step, "opt_state": state.opt_state}
                     saved.save(step, state.params, rest, batches.get_state(), run)
-                if held_out and (last or step % config.validation.every == 0):
-                    with meter.pause():
-                        settle()
-                        validate()
         finally:
             metrics.close()
             saved.close()

@@ -116,6 +116,16 @@ def test_a_damaged_checkpoint_is_named_and_never_passed_over(workdir, file, how)
     checkpoint.restore(workdir, params, optimizer)
 
 
+@pytest.mark.parametrize(
+    ("part", "content", "message"),
+    [("data", '{"n": 11}', "another data position than was saved"), ("run", "{}", "no sums of the saved bits")],
+)
+def test_json_that_was_not_saved_is_found(workdir, part, content, message):
+    (workdir / "checkpoints" / "12" / part / "data.json").write_text(content)
+    with pytest.raises(checkpoint.CheckpointError, match=f"12 is damaged: {message}"):
+        checkpoint.restore(workdir, *map(shapes, tree()))
+
+
 def test_a_flipped_bit_is_found(tmp_path):
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
     saved = checkpoint.Checkpoints(tmp_path, CONFIG, save_every=1, keep_last=1)

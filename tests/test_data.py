@@ -177,6 +177,19 @@ def test_folders_without_text_and_missing_pyarrow(tmp_path, monkeypatch):
         sources.open_corpus("python:train", tmp_path)
 
 
+def test_a_parquet_file_with_damaged_pages_is_named(tmp_path):
+    import pyarrow.parquet
+
+    path = tmp_path / "x.parquet"
+    texts = np.random.default_rng(0).bytes(40000).hex()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [texts]}), path, compression="gzip", use_dictionary=False)
+    raw = bytearray(path.read_bytes())
+    raw[1000:3000] = bytes(2000)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="x.parquet, after row 0: damaged"):
+        list(sources.open_corpus(path).documents())
+
+
 def test_unreadable_file(tmp_path, monkeypatch):
     path = write(tmp_path, x__txt="abc") / "x.txt"
     path.chmod(0)

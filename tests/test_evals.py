@@ -116,6 +116,8 @@ def test_report(params, tmp_path):
         (dict(mode="both"), "mode is 'both'"),
         (dict(memory_tokens=(-1,)), "memory_tokens is"),
         (dict(reading="near"), "memory reading is 'near'"),
+        (dict(rows=0), "rows is 0 and max_tokens 0; wanted at least 1 and 0"),
+        (dict(mode="multi", rows=1), "rows is 1 for 1 documents; mode 'multi' wanted at least two documents a row"),
     ],
 )
 def test_bad_options(params, changes, message):
@@ -127,7 +129,10 @@ def test_bad_options(params, changes, message):
 
 def test_quickstart_compares_two_models():
     curves = lambda p: {"perplexity": {"0": p, "64": p - 1}, "recall": {"0": p, "64": p - 2}}
-    found = {which: {**curves(p), "window": 4, "tokens": 9} for which, p in (("fot", 10.0), ("standard", 11.0))}
+    found = {
+        which: {**curves(p), "window": 4, "tokens": 9, "options": {"reading": "topk", "k": 7}}
+        for which, p in (("fot", 10.0), ("standard", 11.0))
+    }
     for facts in found.values():
         facts["recall_tokens"] = 3
     report = quickstart.compare(found)

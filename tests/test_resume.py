@@ -47,9 +47,9 @@ def run(tmp_path_factory):
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'tests' / 'toy.py'}"]
     command += [f"--config.{key}={value}" for key, value in options.items()]
 
-    def start(workdir):
+    def start(workdir, *more):
         pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([*command, f"--workdir={workdir}"], env=env, **pipes)
+        return subprocess.Popen([*command, f"--workdir={workdir}", *more], env=env, **pipes)
 
     return start
 
@@ -114,6 +114,14 @@ def test_killed_between_saves_and_during_one(run, uninterrupted, tmp_path):
     assert checkpoint.steps(tmp_path)[-1] < STEPS
     assert "resuming from step" in finish(run(tmp_path))
     assert_same(outcome(tmp_path), uninterrupted)
+
+    # Another tokenizer of the same size is refused, and changes nothing there.
+    kept = {name: (tmp_path / name).read_bytes() for name in ("tokenizer.model", "config.json")}
+    other = tmp_path / "other.model"
+    train_tokenizer((path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))), other, 400)
+    refused = run(tmp_path, f"--config.data.tokenizer={other}", "--config.steps=13")
+    assert "is another tokenizer than" in refused.communicate()[1] and refused.returncode
+    assert kept == {name: (tmp_path / name).read_bytes() for name in kept}
 
 
 def test_stopped_by_sigterm(run, uninterrupted, tmp_path):

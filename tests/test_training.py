@@ -18,7 +18,7 @@ import pytest
 import toy
 
 from fot_jax import checkpoint, crossbatch, metrics, model, run_config, training
-from fot_jax.config import ModelConfig
+from fot_jax.config import ModelConfig, named
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ModelConfig(vocab_size=19, d_model=8, d_ff=16, n_layers=1, n_heads=2, window=10)
@@ -297,6 +297,23 @@ def test_a_llama_goes_on_as_a_focused_transformer(tmp_path):
     wider = plain.replace(d_ff=24)
     with pytest.raises(checkpoint.CheckpointError, match=r"down is float32\[1, 4, 16, 8\], wanted float32\[1, 4, 24"):
         run_config.starting_params(tmp_path, wider, model.abstract_params(wider))
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"embed.embedding is float32\[19, 8\], wanted float32\[32, 16"
+    ):
+        training.check(toy.config(init_from=str(tmp_path)), tmp_path / "never")
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(checkpoint.CheckpointError, match="is a working directory without a checkpoint"):
+        training.check(toy.config(init_from=str(tmp_path)), tmp_path / "never")
+
+
+def test_a_named_size_with_other_maths_than_the_parameters_is_refused():
+    config = run_config.default_config()
+    config.model.size = "longllama_3b"
+    pretrained = named("open_llama_3b").replace(norm_eps=1e-5)
+    with pytest.raises(ValueError, match="norm_eps is 1e-05 in the model to start from and 1e-06 in model.size"):
+        run_config.model_config(config, pretrained)
+    config.model.norm_eps = 1e-5
+    assert run_config.model_config(config, pretrained).mem_layers == (6, 12, 18)
 
 
 # ------------------------------------------------------------------------------------------------------- bad configs
@@ -321,6 +338,9 @@ def test_a_llama_goes_on_as_a_focused_transformer(tmp_path):
         (dict(optimizer__name="adamm"), "optimizer.name is 'adamm'; wanted one of adamw"),
         (dict(remat="some"), "remat is 'some'"),
         (dict(steps=0), "steps is 0; wanted at least 1"),
+        (dict(optimizer__clip_norm=-1.0), "clip_norm is -1.0; wanted at least 0"),
+        (dict(validation__batches=0), "validation.batches is 0; wanted at least 1"),
+        (dict(seed=-1), "seed is -1; wanted at least 0"),
         (dict(mesh__data=3, mesh__fsdp=5), "needs 15 devices"),
         (dict(mesh__data=1, mesh__tensor=4), "a dimension of 2 is to be split 4 ways"),
     ],

@@ -1,7 +1,7 @@
-"""Perplexity by memory length on held-out documents, of a checkpoint of train.py or a Hugging Face directory.
+r"""Perplexity by memory length on held-out documents, of a checkpoint of train.py or a Hugging Face directory.
 
-    python eval.py --config=configs/eval/perplexity.py --checkpoint=/tmp/tiny
-    --config.options.memory_tokens="(0,256,1024)"
+    python eval.py --config=configs/eval/perplexity.py --checkpoint=/tmp/tiny \
+        --config.options.memory_tokens="(0,256,1024)"
 
 Two CPU cores, a small model: a few thousand tokens a second for every memory length.
 """

@@ -1,7 +1,8 @@
 """Evaluations behind one small contract.
 
-An evaluation is a module with `default_options() -> ConfigDict` and
-`run(config, params, options, documents, progress) -> Report`. `eval.py` finds it by name in `EVALUATIONS`.
+An evaluation is a module with `default_options() -> ConfigDict`, `check(config, options)`, which refuses options before
+any long work, and `run(config, params, options, documents, progress) -> Report`. `eval.py` finds it by name in
+`EVALUATIONS`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def default_options() -> ConfigDict:
             mode="single",  # "single": memory cleared at each document; "multi": kept across documents
             reading="dense",  # or "topk"
             k=32,  # slots a query retrieves, for "topk"
-            rows=16,  # documents read side by side
+            rows=16,  # documents read side by side; "multi" reads all of a row's documents with one memory
             max_tokens=0,  # tokens taken of each document, from its start; 0: all
         )
     )
@@ -167,6 +167,28 @@ def losses(
     return Losses(mean(windows.counts), mean(recall), int(windows.counts.sum()), int(recall.sum()))
 
 
+def check(config: ModelConfig, options: ConfigDict) -> None:
+    """Refuses options that cannot be, before any long work.
+
+    Raises:
+        ValueError: an option out of range, or memory for a model without memory layers.
+    """
+    if options.mode not in ("single", "multi"):
+        raise ValueError(f"mode is {options.mode!r}; wanted 'single' or 'multi'")
+    if any(m < 0 for m in options.memory_tokens) or not options.memory_tokens:
+        raise ValueError(f"memory_tokens is {options.memory_tokens}; wanted lengths of 0 or more")
+    if any(options.memory_tokens) and not config.mem_layers:
+        raise ValueError("the model has no memory layers (mem_layers is empty); wanted memory_tokens=(0,)")
+    if options.rows < 1 or options.max_tokens < 0:
+        raise ValueError(f"rows is {options.rows} and max_tokens {options.max_tokens}; wanted at least 1 and 0")
+    memory.Reading(options.reading, options.k if options.reading == "topk" else None)
+
+
+def described(options: Any) -> str:
+    """How memory is read, in words: "dense", or "top-k, k=16"."""
+    return "dense" if options["reading"] == "dense" else f"top-k, k={options['k']}"
+
+
 def run(
     config: ModelConfig,
     params: Any,
@@ -183,15 +205,14 @@ def run(
         progress: wraps the iterator over windows (tqdm), told `desc`.
 
     Raises:
-        ValueError: an option out of range, or no usable document.
+        ValueError: see `check`; no usable document; "multi" with fewer than two documents a row.
     """
-    if options.mode not in ("single", "multi"):
-        raise ValueError(f"mode is {options.mode!r}; wanted 'single' or 'multi'")
-    if any(m < 0 for m in options.memory_tokens) or not options.memory_tokens:
-        raise ValueError(f"memory_tokens is {options.memory_tokens}; wanted lengths of 0 or more")
-    if any(options.memory_tokens) and not config.mem_layers:
-        raise ValueError("the model has no memory layers (mem_layers is empty); wanted memory_tokens=(0,)")
+    check(config, options)
     reading = memory.Reading(options.reading, options.k if options.reading == "topk" else None)
+    if options.mode == "multi" and 2 * options.rows > len(documents):
+        raise ValueError(
+            f"rows is {options.rows} for {len(documents)} documents; mode 'multi' wanted at least two documents a row"
+        )
     documents = [document[: options.max_tokens or None] for document in documents]
     windows = cut(documents, config.window, options.rows)
     found = {}
@@ -210,7 +231,7 @@ def run(
     any_ = next(iter(found.values()))
     return Report(
         title=(
-            f"perplexity by memory length: {options.mode}-document, {options.reading}, window {config.window},\n"
+            f"perplexity by memory length: {options.mode}-document, {described(options)}, window {config.window},\n"
             f"{any_.tokens:,} tokens of {len(documents)} documents, {any_.recall_tokens:,} of them recall tokens"
         ),
         columns=("memory tokens", "perplexity", "on recall tokens"),

@@ -117,13 +117,17 @@ def compare(found: dict[str, dict]) -> Report:
     facts = found["fot"]
     titles = {"": "perplexity on held-out packages", "_recall": "recall tokens alone"}
     return Report(
-        title=f"Perplexity by memory length on {facts['tokens']:,} held-out tokens, window {facts['window']}",
+        title=(
+            f"Perplexity by memory length on {facts['tokens']:,} held-out tokens, window {facts['window']}, "
+            f"memory read by {perplexity.described(facts['options'])}"
+        ),
         columns=("memory tokens", "fot", "standard", "fot, recall", "standard, recall"),
         rows=tuple(
             (int(m), *(curves[f"{which}{kind}"][m] for kind in titles for which in MODELS)) for m in facts["perplexity"]
         ),
         values={
             **curves,
+            "options": facts["options"],
             "window": facts["window"],
             "tokens": facts["tokens"],
             "recall_tokens": facts["recall_tokens"],
