@@ -4,7 +4,7 @@
     python train.py --config=configs/quickstart.py:fot,2 --workdir=/tmp/fot2 --config.data.tokenizer=X.model \
         --config.init_from=/tmp/fot1
 
-`make quickstart` runs them, on one CPU core each; six and five minutes there.
+`make quickstart` runs them, on one CPU core each; three to six minutes a stage there.
 
 The first stage shows a row up to 8 windows, most of them earlier ones of its own document, so that copying is learned
 soon (it appears after about a million tokens). The second has larger batches and more contexts, so that windows of the
@@ -25,7 +25,7 @@ def get_config(which: str = "fot,1") -> ConfigDict:
         raise ValueError(f"quickstart config is {which!r}; wanted fot or standard, comma, 1 or 2, and perhaps ',long'")
     first = stage == "1"
     config = default_config()
-    config.steps = (1400 if first else 400) * (4 if length else 1)
+    config.steps = (1400 if first else 640) * (4 if length else 1)
     config.model.update(
         vocab_size=1024,
         d_model=128,

@@ -375,16 +375,12 @@ def read_window(
     if valid_BT is not None:
         visible_BTT = visible_BTT & valid_BT[:, None, :]
     angles = attention.rotary_angles(T, config.head_size, config.rope_base)
-    keys, values = [], []
 
     def attend(layer: int, turn: Callable[..., Array], q_BHTK: Array, k_BGTK: Array, v_BGTK: Array):
-        keys.append(jnp.swapaxes(k_BGTK, 2, 3))
-        values.append(jnp.swapaxes(v_BGTK, 2, 3))
         q, k = turn(q_BHTK, angles), turn(k_BGTK, angles)
         return q, attention.attend(q, k, v_BGTK, visible_BTT, scale=score_scale(config))
 
-    hidden_BTD = _inference_layers(config, params, layers(config, params), tokens_BT, attend, mem, reading)
-    return hidden_BTD, tuple(keys), tuple(values)
+    return _inference_layers(config, params, layers(config, params), tokens_BT, attend, mem, reading)
 
 
 def extend_window(
@@ -413,20 +409,17 @@ def extend_window(
     slot_angles = attention.rotary_angles(local.capacity, config.head_size, config.rope_base)
     angles = slot_angles.at(local.length_B[:, None] + jnp.arange(T)[None, :])
     filled_BTS = (jnp.arange(local.capacity)[None, :] < local.length_B[:, None])[:, None, :]
-    keys, values = [], []
 
     def attend(layer: int, turn: Callable[..., Array], q_BHTK: Array, k_BGTK: Array, v_BGTK: Array):
         q, k_BGKT, v_BGKT = turn(q_BHTK, angles), *(jnp.swapaxes(x, 2, 3) for x in (k_BGTK, v_BGTK))
-        keys.append(k_BGKT)
-        values.append(v_BGKT)
         now = attention.Source(turn(k_BGKT, angles, slots_last=True), v_BGKT, attention.causal_mask(T))
         before = turn(local.keys[layer], slot_angles, slots_last=True), local.values[layer], filled_BTS
         return q, attention.attend(q, *before, now, scale=score_scale(config), slots_last=True)
 
     blocks = layers(config, params) if blocks is None else blocks
-    hidden_BTD = _inference_layers(config, params, blocks, tokens_BT, attend, mem, reading)
+    hidden_BTD, keys, values = _inference_layers(config, params, blocks, tokens_BT, attend, mem, reading)
     # Only this zero makes the append wait for the last read of the cache; without it, it is made in a copy.
-    zero_B = jnp.minimum(jnp.abs(hidden_BTD[:, 0, 0]), 0).astype(jnp.int32)
+    zero_B = jnp.minimum(jnp.argmax(hidden_BTD[:, 0], axis=-1), 0).astype(jnp.int32)
     local = dataclasses.replace(local, length_B=local.length_B + zero_B)
     return hidden_BTD, memory.append(local, keys, values)
 
@@ -439,13 +432,14 @@ def _inference_layers(
     attend: Callable[..., tuple[Array, attention.Partial]],
     mem: memory.Cache,
     reading: memory.Reading,
-) -> Array:
-    """Embedding, layers and last norm, [B, T, D].
+) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
+    """Embedding, layers and last norm: hidden [B, T, D]; un-rotated keys and values, [B, G, K, T] for each layer.
 
     Args:
         attend: (layer, rotation that the layer applies, q, k, v) -> (the queries that memory is read with, the partial
             over the open window).
     """
+    keys_values = []
     x_BTD = embed(config, params, tokens_BT)
     for number, block in enumerate(blocks):
         m = config.mem_layers.index(number) if number in config.mem_layers else None
@@ -458,8 +452,10 @@ def _inference_layers(
                 partials.append(memory.read(reading, q, *arrays, scale=score_scale(config)))
             return attention.merge(*partials).o_BHTK.astype(q.dtype)
 
-        x_BTD, _ = Block(config).apply({"params": block}, x_BTD, with_memory)
-    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps)
+        x_BTD, new = Block(config).apply({"params": block}, x_BTD, with_memory)
+        keys_values.append([jnp.swapaxes(x_BGTK, 2, 3) for x_BGTK in new])
+    keys, values = zip(*keys_values, strict=True)
+    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps), keys, values
 
 
 def _not_rotated(x: Array, angles: attention.Angles, slots_last: bool = False) -> Array:

@@ -209,6 +209,14 @@ def read_model(path: str | os.PathLike) -> ModelConfig:
     return base.replace(dtypes=dataclasses.replace(base.dtypes, params="float32"))
 
 
+def starting_model(path: str | os.PathLike, wanted: ModelConfig) -> ModelConfig:
+    """The configuration of the parameters that `starting_params` gives: memory layers as wanted, if there are as many
+    layers.
+    """
+    found = read_model(path).replace(dtypes=wanted.dtypes)
+    return found.replace(mem_layers=wanted.mem_layers) if found.n_layers == wanted.n_layers else found
+
+
 def starting_params(path: str | os.PathLike, wanted: ModelConfig, abstract: Any) -> Any:
     """Parameters of the model in a working directory or a Hugging Face directory, to train `wanted` from.
 

@@ -302,10 +302,8 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     if source == workdir:
         checkpoint.check_same_model(workdir, model_config)
     elif source:
-        found = run_config.read_model(source).replace(dtypes=model_config.dtypes)
-        if found.n_layers == model_config.n_layers:
-            found = found.replace(mem_layers=model_config.mem_layers)  # they have no parameters of their own
-        checkpoint.check_shapes(source, "params", model.abstract_params(found), wanted)
+        found = model.abstract_params(run_config.starting_model(source, model_config))
+        checkpoint.check_shapes(source, "params", found, wanted)
     return model_config, mesh
 
 
