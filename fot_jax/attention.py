@@ -149,9 +149,9 @@ def attend(
     """
     sources = (Source(k_BGSK, v_BGSK, visible_BTS), *more)
     q_BGQK = grouped(q_BHTK, k_BGSK.shape[1])
-    each_s = [_seen(scores(q_BGQK, source.k_BGSK, slots_last), source.visible_BTS) for source in sources]
+    each_s = [_seen(scores(q_BGQK, source.k_BGSK, slots_last) * scale, source.visible_BTS) for source in sources]
     top = functools.reduce(jnp.maximum, [jnp.max(s_BGQS, axis=-1, keepdims=True) for s_BGQS in each_s])
-    each_p = [_made(jnp.exp((s_BGQS - jnp.where(top == -jnp.inf, 0.0, top)) * scale)) for s_BGQS in each_s]
+    each_p = [_made(jnp.exp(s_BGQS - jnp.where(top == -jnp.inf, 0.0, top))) for s_BGQS in each_s]
     total = sum(jnp.sum(p_BGQS, axis=-1, keepdims=True) for p_BGQS in each_p)
     safe = jnp.where(total == 0.0, 1.0, total)
     equation = "bgqs,bgks->bgqk" if slots_last else "bgqs,bgsk->bgqk"
@@ -161,7 +161,7 @@ def attend(
         return _product(equation, p_BGQS.astype(dtype), v.astype(dtype))
 
     o_BGQK = sum(average(p, source.v_BGSK) for p, source in zip(each_p, sources, strict=True)) / safe
-    lse = jnp.where(top == -jnp.inf, -jnp.inf, top * scale + jnp.log(safe))
+    lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
     return Partial(o_BGQK.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
 
 

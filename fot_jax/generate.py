@@ -293,11 +293,11 @@ def _decode(config, params, reader, temperature, key, *, max_new_tokens, sample,
     pad = jnp.int32(next((i for i in (config.pad_id, config.eos_id) if i is not None), 0))
 
     def more(carry):
-        step, _, _, reader = carry
+        step, _, _, reader, _ = carry
         return (step < max_new_tokens) & ~jnp.all(reader.ended_B)
 
     def one(carry):
-        step, out_BN, key, reader = carry
+        step, out_BN, key, reader, rotated = carry
         key, now = jax.random.split(key)
         if sample:
             token_B = jax.random.categorical(now, reader.logits_BV / temperature).astype(jnp.int32)
@@ -307,14 +307,18 @@ def _decode(config, params, reader, temperature, key, *, max_new_tokens, sample,
         ended_B = reader.ended_B if config.eos_id is None else reader.ended_B | (token_B == config.eos_id)
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
         local, mem = make_room(config, reader.local, reader.mem, spill)
-        hidden, local = model.extend_window(
-            config, params, token_B[:, None], mem=mem, local=local, reading=reading, blocks=blocks
+        if spill == "sliding":  # tokens that moved up are at other positions; after a block no token is left
+            moved = jnp.any(local.length_B < reader.local.length_B)
+            rotated = jax.lax.cond(moved, lambda: model.rotated_keys(config, local), lambda: rotated)
+        hidden, local, rotated = model.extend_window(
+            config, params, token_B[:, None], mem=mem, local=local, rotated=rotated, reading=reading, blocks=blocks
         )
         reader = Reader(model.logits(config, params, hidden)[:, 0], ended_B, local, mem)
-        return step + 1, out_BN, key, reader
+        return step + 1, out_BN, key, reader, rotated
 
     out_BN = jnp.full((reader.ended_B.shape[0], max_new_tokens), pad)
-    _, out_BN, _, reader = jax.lax.while_loop(more, one, (jnp.int32(0), out_BN, key, reader))
+    start = jnp.int32(0), out_BN, key, reader, model.rotated_keys(config, reader.local)
+    _, out_BN, _, reader, _ = jax.lax.while_loop(more, one, start)
     return out_BN, reader
 
 

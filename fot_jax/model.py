@@ -54,27 +54,8 @@ def unit_norm(x_BHTK: Array) -> Array:
 
 def swiglu(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
     """(silu(x gate) * x up) down (arXiv 2002.05202)."""
-    hidden_BTF = gated(dense(x_BTD, gate_DF), dense(x_BTD, up_DF))
+    hidden_BTF = jax.nn.silu(dense(x_BTD, gate_DF)) * dense(x_BTD, up_DF)
     return dense(constrain(hidden_BTF, "batch", "time", "mlp"), down_FD)
-
-
-@jax.custom_vjp
-def gated(gate_BTF: Array, up_BTF: Array) -> Array:
-    """silu(gate) * up. Its gradient is written out so that nothing but the two products is kept for it: autodiff keeps
-    the sigmoid and silu(gate) besides.
-    """
-    return jax.nn.silu(gate_BTF) * up_BTF
-
-
-def _gated_backward(saved, d_BTF):
-    gate_BTF, up_BTF = saved
-    sigmoid = jax.nn.sigmoid(gate_BTF)
-    silu = gate_BTF * sigmoid
-    # silu' = sigmoid + gate sigmoid (1 - sigmoid)
-    return d_BTF * up_BTF * (sigmoid + silu * (1 - sigmoid)), d_BTF * silu
-
-
-gated.defvjp(lambda gate_BTF, up_BTF: (gated(gate_BTF, up_BTF), (gate_BTF, up_BTF)), _gated_backward)
 
 
 def dense(x_BTD: Array, w_DF: Array, dtype: Any = None) -> Array:
@@ -390,30 +371,33 @@ def extend_window(
     *,
     mem: memory.Cache,
     local: memory.Cache,
+    rotated: tuple[Array, ...] | None = None,
     reading: memory.Reading = memory.DENSE,
     blocks: list[Params] | None = None,
-) -> tuple[Array, memory.Cache]:
+) -> tuple[Array, memory.Cache, tuple[Array, ...]]:
     """The model over tokens that follow what `local` holds of the open window, with `mem` before it.
 
     Args:
         tokens_BT: int32, the next T tokens of each row's window, which has room for them.
         mem: memory, one layer for each of `config.mem_layers`; only read.
         local: the open window so far, one layer for each of the model's; written in place where it is donated.
+        rotated: `rotated_keys(config, local)`, kept where a loop over tokens should not rotate all of them each time.
         reading: how memory is read.
         blocks: `layers(config, params)`, taken apart before where a loop over tokens should not do it each time.
 
     Returns:
-        hidden [B, T, D] as from `forward`; `local` with the tokens in it.
+        hidden [B, T, D] as from `forward`; `local` and `rotated` with the tokens in them.
     """
     T = tokens_BT.shape[1]
-    slot_angles = attention.rotary_angles(local.capacity, config.head_size, config.rope_base)
-    angles = slot_angles.at(local.length_B[:, None] + jnp.arange(T)[None, :])
+    rotated = rotated_keys(config, local) if rotated is None else rotated
+    table = attention.rotary_angles(local.capacity, config.head_size, config.rope_base)
+    angles = table.at(local.length_B[:, None] + jnp.arange(T)[None, :])
     filled_BTS = (jnp.arange(local.capacity)[None, :] < local.length_B[:, None])[:, None, :]
 
     def attend(layer: int, turn: Callable[..., Array], q_BHTK: Array, k_BGTK: Array, v_BGTK: Array):
         q, k_BGKT, v_BGKT = turn(q_BHTK, angles), *(jnp.swapaxes(x, 2, 3) for x in (k_BGTK, v_BGTK))
         now = attention.Source(turn(k_BGKT, angles, slots_last=True), v_BGKT, attention.causal_mask(T))
-        before = turn(local.keys[layer], slot_angles, slots_last=True), local.values[layer], filled_BTS
+        before = rotated[layer], local.values[layer], filled_BTS
         return q, attention.attend(q, *before, now, scale=score_scale(config), slots_last=True)
 
     blocks = layers(config, params) if blocks is None else blocks
@@ -421,7 +405,23 @@ def extend_window(
     # Only this zero makes the append wait for the last read of the cache; without it, it is made in a copy.
     zero_B = jnp.minimum(jnp.argmax(hidden_BTD[:, 0], axis=-1), 0).astype(jnp.int32)
     local = dataclasses.replace(local, length_B=local.length_B + zero_B)
-    return hidden_BTD, memory.append(local, keys, values)
+    new = [_turn(config, layer)(k_BGKT, angles, slots_last=True) for layer, k_BGKT in enumerate(keys)]
+    rotated = memory.append(memory.Cache(rotated, (), local.length_B), new, ()).keys
+    return hidden_BTD, memory.append(local, keys, values), rotated
+
+
+def rotated_keys(config: ModelConfig, local: memory.Cache) -> tuple[Array, ...]:
+    """The keys of an open window as its queries meet them, [B, G, K, S] for each layer: rotated by slot, but where the
+    layer rotates nothing.
+    """
+    table = attention.rotary_angles(local.capacity, config.head_size, config.rope_base)
+    return tuple(_turn(config, layer)(k_BGKS, table, slots_last=True) for layer, k_BGKS in enumerate(local.keys))
+
+
+def _turn(config: ModelConfig, layer: int) -> Callable[..., Array]:
+    """The rotation that a layer applies to local queries and keys."""
+    rotates = layer not in config.mem_layers or config.mem_positionals
+    return attention.rotate if rotates else (lambda x, angles, slots_last=False: x)
 
 
 def _inference_layers(
@@ -443,7 +443,7 @@ def _inference_layers(
     x_BTD = embed(config, params, tokens_BT)
     for number, block in enumerate(blocks):
         m = config.mem_layers.index(number) if number in config.mem_layers else None
-        turn = attention.rotate if m is None or config.mem_positionals else _not_rotated
+        turn = _turn(config, number)
 
         def with_memory(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array, number=number, m=m, turn=turn) -> Array:
             q, *partials = attend(number, turn, q_BHTK, k_BGTK, v_BGTK)
@@ -456,7 +456,3 @@ def _inference_layers(
         keys_values.append([jnp.swapaxes(x_BGTK, 2, 3) for x_BGTK in new])
     keys, values = zip(*keys_values, strict=True)
     return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps), keys, values
-
-
-def _not_rotated(x: Array, angles: attention.Angles, slots_last: bool = False) -> Array:
-    return x

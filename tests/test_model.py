@@ -193,13 +193,13 @@ def test_a_window_read_in_pieces_is_the_window_read_at_once(changes):
     whole, pieces = read(now, mem, np.zeros(2, np.int32))[0], []
     local = memory.init_cache(config, 2, config.n_layers, config.window, "float32")
     for start, stop in ((0, 1), (1, 2), (2, 5), (5, 6)):
-        hidden, local = extend(now[:, start:stop], local)
+        hidden, local, _ = extend(now[:, start:stop], local)
         pieces.append(hidden)
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=2e-5)
     np.testing.assert_array_equal(local.length_B, [6, 6])
     # Rows at positions of their own: row 1 starts its window again where row 0 goes on.
     uneven = memory.Cache(local.keys, local.values, np.array([2, 0], np.int32))
-    hidden, uneven = extend(np.stack([now[0, 2:5], now[1, :3]]), uneven)
+    hidden, uneven, _ = extend(np.stack([now[0, 2:5], now[1, :3]]), uneven)
     np.testing.assert_allclose(hidden, np.stack([whole[0, 2:5], whole[1, :3]]), atol=2e-5)
     np.testing.assert_array_equal(uneven.length_B, [5, 3])
     for b, n in enumerate((6, 3)):
