@@ -144,7 +144,7 @@ def attend(
         k_BGSK, v_BGSK: keys and values, of any dtype; products are taken in the wider dtype, sums in float32.
         visible_BTS: bool, which keys a query sees; axes of 1 serve all rows or queries. None: all of them.
         more: further keys and values in the same softmax, for all rows: fewer operations than merging partials.
-        scale: what scores are multiplied by, more than 0.
+        scale: what scores are multiplied by.
         slots_last: whether keys and values are [B, G, K, S], as caches are.
     """
     sources = (Source(k_BGSK, v_BGSK, visible_BTS), *more)
