@@ -170,6 +170,15 @@ def _made(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
+def _once_known(x: Array, y: Array) -> Array:
+    """`x`, for use after `y`, of the same shape: recomputation that needs only `x` would otherwise be done as soon as
+    `x` is there, and held until it is wanted. A CPU compiler drops barriers before it orders operations.
+    """
+    return jax.lax.platform_dependent(
+        x, y, cpu=lambda x, y: x + 0 * y, default=lambda x, y: jax.lax.optimization_barrier((x, y))[0]
+    )
+
+
 def merge(*partials: Partial) -> Partial:
     """The partial over the union of the sources: weights exp(lse_i - lse), lse = log sum exp lse_i."""
     if len(partials) == 1:
@@ -282,6 +291,7 @@ def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
     """
     k, v, visible_BTS = source
     G, dtype = k.shape[1], q_BHTK.dtype
+    q_BHTK = _once_known(q_BHTK, do_BHTK)
     q, do = grouped(q_BHTK, G), grouped(do_BHTK, G)
     if _by_row(source):
         lse_BHT = jnp.where(visible_BTS, lse_BHT, jnp.inf)  # exp(s - inf) = 0
