@@ -268,6 +268,7 @@ def _attention_forward(q_BHTK, own, others, scale):
 
 def _attention_backward(scale, saved, do_BHTK):
     q_BHTK, own, others, o_BHTK, lse_BHT = saved
+    q_BHTK = _once_known(q_BHTK, do_BHTK)
     B = q_BHTK.shape[0]
     # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o).
     delta_BHT = jnp.sum(do_BHTK.astype(jnp.float32) * o_BHTK.astype(jnp.float32), axis=-1)
@@ -291,7 +292,6 @@ def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
     """
     k, v, visible_BTS = source
     G, dtype = k.shape[1], q_BHTK.dtype
-    q_BHTK = _once_known(q_BHTK, do_BHTK)
     q, do = grouped(q_BHTK, G), grouped(do_BHTK, G)
     if _by_row(source):
         lse_BHT = jnp.where(visible_BTS, lse_BHT, jnp.inf)  # exp(s - inf) = 0

@@ -209,3 +209,17 @@ def test_attention_keeps_the_dtype_of_what_it_is_given():
     loss = lambda q, k, v: jnp.sum(attention.attention(q, attention.Source(k, v, jnp.tri(5)[None] > 0), (), SCALE))
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
     assert {x.dtype for x in (value, *grads)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_the_backward_pass_holds_the_scores_of_one_layer_at_a_time():
+    layers, B, H, T, K = 8, 2, 4, 256, 16
+    visible = attention.causal_mask(T)
+
+    def value(x):
+        for _ in range(layers):
+            x = x + attention.attention(x, attention.Source(x, x, visible), (), SCALE)
+        return jnp.sum(jnp.square(x))
+
+    compiled = jax.jit(jax.grad(value)).lower(jax.ShapeDtypeStruct((B, H, T, K), jnp.float32)).compile()
+    of_a_layer = 4 * B * H * T * T * 3 // 4  # float32; of the causal square, three quarters are computed
+    assert compiled.memory_analysis().temp_size_in_bytes < layers * of_a_layer
