@@ -11,6 +11,7 @@ last, [B, G, K, S]: a CPU reads them twice as fast for a single query, and no sl
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -170,7 +171,7 @@ def _made(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def _once_known(x: Array, y: Array) -> Array:
+def once_known(x: Array, y: Array) -> Array:
     """`x`, for use after `y`, of the same shape: recomputation that needs only `x` would otherwise be done as soon as
     `x` is there, and held until it is wanted. A CPU compiler drops barriers before it orders operations.
     """
@@ -211,6 +212,14 @@ def attention(q_BHTK: Array, own: Source, others: tuple[Source, ...], scale: flo
     return _attention_forward(q_BHTK, own, others, scale)[0]
 
 
+def _split_scale(scale: float) -> tuple[float, float]:
+    """(power of two, rest) with scale as their product, for queries and for scores. The first is exact in any dtype
+    and leaves nothing to multiply scores by, which are larger, where heads have 4, 16, 64 or 256 dimensions.
+    """
+    mantissa, exponent = math.frexp(scale)
+    return 2.0 ** (exponent - 1), 2 * mantissa
+
+
 class _Part(NamedTuple):
     """Queries, as slices of rows and time, and the keys they can see."""
 
@@ -224,15 +233,16 @@ class _Part(NamedTuple):
 
 
 def _parts(source: Source, q_BHTK: Array, causal: bool) -> list[_Part]:
-    """A source for the rows that read it; of a causal triangle, the first half of the queries needs only the first
-    half of the keys.
+    """A source for the rows that read it; of a causal triangle, the first quarter of the queries needs only the first
+    quarter of the keys, and so on: 5/8 of the square are computed.
     """
     B, _, T, _ = q_BHTK.shape
     rows = slice(B - source.k_BGSK.shape[0], B)
-    if not causal or T % 2 or T < 32:
+    n = min(4, T // 32)  # smaller pieces cost more operations than they save work
+    if not causal or n < 2:
         return [_Part(rows, slice(0, T), source)]
     parts = []
-    for time in (slice(0, T // 2), slice(T // 2, T)):
+    for time in (slice(T * i // n, T * (i + 1) // n) for i in range(n)):
         k, v = (x[:, :, : time.stop] for x in source[:2])
         parts.append(_Part(rows, time, Source(k, v, source.visible_BTS[:, time, : time.stop])))
     return parts
@@ -250,12 +260,13 @@ def _of_last_rows(x: Array, rows: int, others: float) -> Array:
 
 def _attention_forward(q_BHTK, own, others, scale):
     B = q_BHTK.shape[0]
-    partials = []
+    power, rest = _split_scale(scale)
+    scaled_BHTK, partials = q_BHTK * power, []
     for source in (own, *others):
         pieces = []
-        for part in _parts(source, q_BHTK, source is own):
+        for part in _parts(source, scaled_BHTK, source is own):
             k, v, visible_BTS = part.source
-            partial = attend(part.of(q_BHTK), k, v, None if _by_row(source) else visible_BTS, scale=scale)
+            partial = attend(part.of(scaled_BHTK), k, v, None if _by_row(source) else visible_BTS, scale=rest)
             if _by_row(source):
                 partial = partial._replace(lse_BHT=jnp.where(visible_BTS, partial.lse_BHT, -jnp.inf))
             pieces.append(partial)
@@ -268,27 +279,29 @@ def _attention_forward(q_BHTK, own, others, scale):
 
 def _attention_backward(scale, saved, do_BHTK):
     q_BHTK, own, others, o_BHTK, lse_BHT = saved
-    q_BHTK = _once_known(q_BHTK, do_BHTK)
+    power, rest = _split_scale(scale)
+    scaled_BHTK = once_known(q_BHTK, do_BHTK) * power
     B = q_BHTK.shape[0]
     # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o).
     delta_BHT = jnp.sum(do_BHTK.astype(jnp.float32) * o_BHTK.astype(jnp.float32), axis=-1)
     dq_BHTK, grads = jnp.zeros(q_BHTK.shape, jnp.float32), []
     for source in (own, *others):
         dqs, dk, dv = [], 0.0, 0.0
-        for part in _parts(source, q_BHTK, source is own):
-            dq, *dkv = _source_backward(part.source, *map(part.of, (q_BHTK, lse_BHT, delta_BHT, do_BHTK)), scale)
-            rest = source.k_BGSK.shape[2] - part.source.k_BGSK.shape[2]
-            wide = [jnp.pad(x, ((0, 0), (0, 0), (0, rest), (0, 0))) if rest else x for x in dkv]
+        for part in _parts(source, scaled_BHTK, source is own):
+            dq, *dkv = _source_backward(part.source, *map(part.of, (scaled_BHTK, lse_BHT, delta_BHT, do_BHTK)), rest)
+            later = source.k_BGSK.shape[2] - part.source.k_BGSK.shape[2]
+            wide = [jnp.pad(x, ((0, 0), (0, 0), (0, later), (0, 0))) if later else x for x in dkv]
             dqs, dk, dv = [*dqs, dq], dk + wide[0], dv + wide[1]
         dq_BHTK += _of_last_rows(jnp.concatenate(dqs, axis=2), B, 0.0)
         grads.append(Source(dk.astype(source.k_BGSK.dtype), dv.astype(source.v_BGSK.dtype)))
-    return dq_BHTK.astype(q_BHTK.dtype), grads[0], tuple(grads[1:])
+    return (dq_BHTK * power).astype(q_BHTK.dtype), grads[0], tuple(grads[1:])
 
 
 def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
     """(dq, dk, dv) of one source, float32, from the merged log-sum-exp and delta = do . o.
 
-    Scores are [S, Q] here: every product but that for dq then reads its operands as they lie.
+    Scores are [S, Q] here: every product but that for dq then reads its operands as they lie; that one takes keys
+    turned, which are smaller than scores.
     """
     k, v, visible_BTS = source
     G, dtype = k.shape[1], q_BHTK.dtype
@@ -306,7 +319,8 @@ def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
     dv = _product("bgsq,bgqk->bgsk", p.astype(dtype), do)
     ds = _made((p * (_product("bgsk,bgqk->bgsq", v, do) - delta) * scale).astype(dtype))
     dk = _product("bgsq,bgqk->bgsk", ds, q)
-    dq = jnp.swapaxes(_made(_product("bgsk,bgsq->bgkq", k, ds)), 2, 3)
+    k_BGKS = _made(jnp.swapaxes(once_known(k, dv.astype(k.dtype)), 2, 3))
+    dq = jnp.swapaxes(_made(_product("bgks,bgsq->bgkq", k_BGKS, ds)), 2, 3)
     return dq.reshape(q_BHTK.shape), dk, dv
 
 

@@ -169,7 +169,7 @@ def test_gradient_through_a_merge_equals_that_of_one_softmax():
     same_value_and_gradients(parts, whole, q, k, v)
 
 
-@pytest.mark.parametrize("T", [1, 5, 34])
+@pytest.mark.parametrize("T", [1, 5, 69, 133])
 def test_attention_over_sources_is_one_softmax_in_values_and_gradients(T):
     # The window itself, causal; a source seen whole, one seen by some queries, one seen by some rows.
     rng = np.random.default_rng(12)
@@ -221,5 +221,5 @@ def test_the_backward_pass_holds_the_scores_of_one_layer_at_a_time():
         return jnp.sum(jnp.square(x))
 
     compiled = jax.jit(jax.grad(value)).lower(jax.ShapeDtypeStruct((B, H, T, K), jnp.float32)).compile()
-    of_a_layer = 4 * B * H * T * T * 3 // 4  # float32; of the causal square, three quarters are computed
+    of_a_layer = 4 * B * H * T * T * 5 // 8  # float32; of the causal square, five eighths are computed
     assert compiled.memory_analysis().temp_size_in_bytes < layers * of_a_layer
