@@ -171,12 +171,22 @@ def _made(x: Array) -> Array:
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def once_known(x: Array, y: Array) -> Array:
+def _once_known(x: Array, y: Array) -> Array:
     """`x`, for use after `y`, of the same shape: recomputation that needs only `x` would otherwise be done as soon as
     `x` is there, and held until it is wanted. A CPU compiler drops barriers before it orders operations.
     """
     return jax.lax.platform_dependent(
         x, y, cpu=lambda x, y: x + 0 * y, default=lambda x, y: jax.lax.optimization_barrier((x, y))[0]
+    )
+
+
+def _turned(k_BGSK: Array, dv_BGSK: Array) -> Array:
+    """Keys as [B, G, K, S]. On a CPU as a copy, which fast products want, made no sooner than `dv` is there."""
+    return jax.lax.platform_dependent(
+        k_BGSK,
+        dv_BGSK.astype(k_BGSK.dtype),
+        cpu=lambda k, dv: jax.lax.optimization_barrier(jnp.swapaxes(k + 0 * dv, 2, 3)),
+        default=lambda k, dv: jnp.swapaxes(k, 2, 3),
     )
 
 
@@ -213,8 +223,8 @@ def attention(q_BHTK: Array, own: Source, others: tuple[Source, ...], scale: flo
 
 
 def _split_scale(scale: float) -> tuple[float, float]:
-    """(power of two, rest) with scale as their product, for queries and for scores. The first is exact in any dtype
-    and leaves nothing to multiply scores by, which are larger, where heads have 4, 16, 64 or 256 dimensions.
+    """(power of two, rest) with scale as their product, for queries and for scores. Queries times the first are not
+    rounded, and scores, which are larger, need no multiplication where heads have 4, 16, 64 or 256 dimensions.
     """
     mantissa, exponent = math.frexp(scale)
     return 2.0 ** (exponent - 1), 2 * mantissa
@@ -234,12 +244,12 @@ class _Part(NamedTuple):
 
 def _parts(source: Source, q_BHTK: Array, causal: bool) -> list[_Part]:
     """A source for the rows that read it; of a causal triangle, the first quarter of the queries needs only the first
-    quarter of the keys, and so on: 5/8 of the square are computed.
+    quarter of the keys, and so on: 5/8 of the square are computed. Short windows are halved, or left whole.
     """
     B, _, T, _ = q_BHTK.shape
     rows = slice(B - source.k_BGSK.shape[0], B)
-    n = min(4, T // 32)  # smaller pieces cost more operations than they save work
-    if not causal or n < 2:
+    n = 4 if T >= 128 else 2 if T >= 32 else 1  # smaller pieces cost more operations than they save work
+    if not causal or n == 1:
         return [_Part(rows, slice(0, T), source)]
     parts = []
     for time in (slice(T * i // n, T * (i + 1) // n) for i in range(n)):
@@ -280,7 +290,7 @@ def _attention_forward(q_BHTK, own, others, scale):
 def _attention_backward(scale, saved, do_BHTK):
     q_BHTK, own, others, o_BHTK, lse_BHT = saved
     power, rest = _split_scale(scale)
-    scaled_BHTK = once_known(q_BHTK, do_BHTK) * power
+    scaled_BHTK = _once_known(q_BHTK, do_BHTK) * power
     B = q_BHTK.shape[0]
     # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o).
     delta_BHT = jnp.sum(do_BHTK.astype(jnp.float32) * o_BHTK.astype(jnp.float32), axis=-1)
@@ -319,8 +329,7 @@ def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
     dv = _product("bgsq,bgqk->bgsk", p.astype(dtype), do)
     ds = _made((p * (_product("bgsk,bgqk->bgsq", v, do) - delta) * scale).astype(dtype))
     dk = _product("bgsq,bgqk->bgsk", ds, q)
-    k_BGKS = _made(jnp.swapaxes(once_known(k, dv.astype(k.dtype)), 2, 3))
-    dq = jnp.swapaxes(_made(_product("bgks,bgsq->bgkq", k_BGKS, ds)), 2, 3)
+    dq = jnp.swapaxes(_made(_product("bgks,bgsq->bgkq", _turned(k, dv), ds)), 2, 3)
     return dq.reshape(q_BHTK.shape), dk, dv
 
 

@@ -54,28 +54,8 @@ def unit_norm(x_BHTK: Array) -> Array:
 
 def swiglu(x_BTD: Array, gate_DF: Array, up_DF: Array, down_FD: Array) -> Array:
     """(silu(x gate) * x up) down (arXiv 2002.05202)."""
-    hidden_BTF = gated(dense(x_BTD, gate_DF), dense(x_BTD, up_DF))
+    hidden_BTF = jax.nn.silu(dense(x_BTD, gate_DF)) * dense(x_BTD, up_DF)
     return dense(constrain(hidden_BTF, "batch", "time", "mlp"), down_FD)
-
-
-@jax.custom_vjp
-def gated(gate_BTF: Array, up_BTF: Array) -> Array:
-    """silu(gate) * up. Differentiable in reverse mode only.
-
-    The gradient is written out: autodiff keeps sigmoid(gate) and silu(gate) of every layer besides gate and up.
-    """
-    return jax.nn.silu(gate_BTF) * up_BTF
-
-
-def _gated_backward(saved, cotangent_BTF):
-    gate_BTF, up_BTF = saved
-    gate_BTF = attention.once_known(gate_BTF, cotangent_BTF)
-    open_BTF = jax.nn.sigmoid(gate_BTF)
-    slope_BTF = open_BTF * (1 + gate_BTF * (1 - open_BTF))
-    return cotangent_BTF * up_BTF * slope_BTF, cotangent_BTF * gate_BTF * open_BTF
-
-
-gated.defvjp(lambda gate_BTF, up_BTF: (gated(gate_BTF, up_BTF), (gate_BTF, up_BTF)), _gated_backward)
 
 
 def dense(x_BTD: Array, w_DF: Array, dtype: Any = None) -> Array:

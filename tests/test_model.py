@@ -311,14 +311,3 @@ def test_eight_devices_compute_what_one_does(devices):
     np.testing.assert_allclose(found[1], one, atol=2e-5)
     assert len(found[1].sharding.device_set) == 8
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), grads, one_grads)
-
-
-def test_the_gate_s_gradient_is_that_of_its_definition():
-    rng = np.random.default_rng(5)
-    gate, up, weight = (rng.standard_normal((2, 3, 7)).astype(np.float32) * 4 for _ in range(3))
-    plain = lambda gate, up: gate / (1 + jnp.exp(-gate)) * up
-    found, wanted = (
-        jax.jit(jax.value_and_grad(lambda *x, f=f: jnp.sum(weight * f(*x)), (0, 1)))(gate, up)
-        for f in (model.gated, plain)
-    )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
