@@ -58,7 +58,8 @@ def main() -> None:
     options = training.LossOptions(loss_chunk=512, separate="none", unroll=True)
     step = functools.partial(training.train_step, CONFIG, options, optimizer, training.learning_rate(config), plan)
     state = jax.jit(lambda key: training.new_state(model.init_params(CONFIG, key), optimizer))(jax.random.key(0))
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    jitted = jax.jit(step, donate_argnums=0, compiler_options=training.compiler_options())
+    compiled = jitted.lower(state, batch).compile()
     for _ in range(2):
         state, values = compiled(state, batch)
     jax.block_until_ready(values)
