@@ -18,6 +18,7 @@ REQUIRES = [
     "matplotlib>=3.9",
     "ml-collections>=1.0,<2",
     "ml-dtypes>=0.5",
+    "msgpack>=1.0",
     "numpy>=2.0,<3",
     "optax>=0.2.5,<0.4",
     "orbax-checkpoint>=0.12,<1",
@@ -25,17 +26,20 @@ REQUIRES = [
     "safetensors>=0.5,<1",
     "sentencepiece>=0.2.0,<0.4",
     "tensorboardX>=2.6.2",
+    "tensorstore>=0.1.74",
     "tensorflow-datasets>=4.9.9,<5",
+    "tokenizers>=0.21,<1",
     "tqdm>=4.66",
 ]
 
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
-    "convert": ["gguf>=0.17,<1", "msgpack>=1.0"],
-    "dev": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
+    # What GGUF files are read with. Pickled checkpoints (.bin, .pth) need PyTorch.
+    "convert": ["gguf>=0.17,<1"],
+    "dev": ["gguf>=0.17,<1", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
     # What the tests that compare with PyTorch's LLaMA need; without it those tests are skipped.
-    "parity": ["torch==2.13.0", "transformers>=5,<6"],
+    "parity": ["accelerate>=1.0", "torch==2.13.0", "transformers>=5,<6"],
 }
 
 setup(
@@ -50,6 +54,7 @@ setup(
     packages=find_packages(include=["fot_jax", "fot_jax.*", "convert", "convert.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fot-convert = convert.__main__:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -26,12 +27,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from fot_jax.config import DtypePolicy, ModelConfig
 
 PyTree = Any
 _JSON_PARTS = ("data", "run")
+_CHUNK_BYTES = 64 * 2**20  # of an array; what is read or written at a time
 
 
 class CheckpointError(RuntimeError):
@@ -44,6 +48,8 @@ def _context() -> ocp.Context:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
     context.checkpointables.registry = registry
+    # In one chunk, as is the default, a stack of layers is compressed by one thread and read back whole only.
+    context.array_options.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     return context
 
 
@@ -264,36 +270,6 @@ def restore(
     return loaded["params"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves), loaded["data"], loaded["run"]
 
 
-def load_params(
-    workdir: str | pathlib.Path, step: int | None = None, *, abstract: PyTree | None = None
-) -> tuple[ModelConfig, PyTree]:
-    """Loads the parameters alone, without the optimizer's arrays being read.
-
-    Args:
-        workdir: working directory.
-        step: which; the latest if None.
-        abstract: tree of `jax.ShapeDtypeStruct` with the shardings wanted; None takes what the checkpoint has, on the
-            first device.
-
-    Returns:
-        The model's configuration and its parameters, in the dtypes they were saved in.
-
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        CheckpointError: a tensor of another shape or dtype, missing or too many; damaged files.
-    """
-    path = _path(workdir, step)
-    config = read_model(workdir)
-    if abstract is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), _metadata(path, "params")["params"]
-        )
-    loaded = _load(path, {"params": abstract, "run": None})
-    _check_sums(path, loaded["run"], params=loaded["params"])
-    return config, loaded["params"]
-
-
 def _path(workdir: str | pathlib.Path, step: int | None) -> pathlib.Path:
     found = steps(workdir)
     directory = pathlib.Path(workdir).absolute() / "checkpoints"
@@ -326,6 +302,172 @@ def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
             return ocp.load_checkpointables(path, wanted)
     except Exception as error:
         raise _damaged(path, _first_line(error.__cause__ or error)) from error
+
+
+class ParamsWriter:
+    """Writes the parameters of a model into a working directory a piece at a time, for checkpoints that are converted.
+
+    Orbax saves whole trees only: fed leaf by leaf (its partial saving) it still holds several copies of a leaf. So the
+    arrays are written in its layout (Zarr 3, no OCDBT) with TensorStore, a chunk a layer, and its description of them
+    last; Orbax writes the rest, and reads all of it like any other checkpoint.
+
+    Args:
+        workdir: directory to make; not yet there.
+        config: written to `model.json`.
+        leaves: path in the tree -> (shape, dtype, number of leading dimensions that stack layers).
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: ModelConfig,
+        leaves: dict[tuple[str, ...], tuple[tuple[int, ...], Any, int]],
+    ):
+        self._step = pathlib.Path(workdir).absolute() / "checkpoints" / "0"
+        self._config = config
+        self._arrays: dict[tuple[str, ...], tensorstore.TensorStore] = {}
+        self._missing: dict[tuple[str, ...], int] = {}
+        self._sums: dict[str, int] = {}
+        self._params = self._step.parent.parent / "params"
+        self._params.mkdir(parents=True)
+        for path, (shape, dtype, stacked) in leaves.items():
+            chunk = [1] * stacked + list(shape[stacked:])
+            while math.prod(chunk) * np.dtype(dtype).itemsize > _CHUNK_BYTES and max(chunk) % 2 == 0:
+                chunk[chunk.index(max(chunk))] //= 2
+            metadata = {
+                "shape": list(shape),
+                "data_type": np.dtype(dtype).name,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+            }
+            self._arrays[path] = self._do(tensorstore.open(self._spec(path, metadata=metadata), create=True))
+            self._missing[path] = math.prod(shape[:stacked])
+            self._sums[".".join(path)] = 0
+
+    def _spec(self, path: tuple[str, ...], **more: Any) -> dict[str, Any]:
+        place = {"driver": "file", "path": f"{self._params / '.'.join(path)}/"}
+        # Numbers that are all zero are written too: Orbax takes a chunk that is not there for one that is lost.
+        return {"driver": "zarr3", "kvstore": place, "store_data_equal_to_fill_value": True, **more}
+
+    def _do(self, future: Any) -> Any:
+        try:
+            return future.result()
+        except ValueError as error:  # how TensorStore says that a write failed
+            raise OSError(f"{self._params}: cannot be written ({_first_line(error)})") from error
+
+    def write(self, path: tuple[str, ...], stack: tuple[int, ...], array: np.ndarray) -> None:
+        """Writes one layer of a leaf (`stack` says which; () for a leaf that is not stacked), once."""
+        self._do(self._arrays[path][stack].write(np.ascontiguousarray(array)))
+        name = ".".join(path)
+        self._sums[name] = (self._sums[name] + bit_sum(array)) % 2**32
+        self._missing[path] -= 1
+
+    def finish(self) -> None:
+        """Makes the working directory's checkpoint 0 of what was written."""
+        if unwritten := [".".join(path) for path, n in self._missing.items() if n]:
+            raise ValueError(f"{unwritten[0]} was not written whole")
+        described = {
+            str(path): {
+                "key_metadata": [{"key": key, "key_type": 2} for key in path],  # 2: of a dictionary
+                "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+            }
+            for path in self._arrays
+        }
+        flags = {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
+        write_json(self._params / "_METADATA", {"tree_metadata": described, **flags, "custom_metadata": None})
+        # Orbax writes everything round the arrays for a stand-in, whose place they take.
+        run = {"bit_sums": {f"params.{name}": total for name, total in self._sums.items()}}
+        self._step.parent.mkdir()
+        with _context():
+            ocp.save_checkpointables(self._step, {"params": {"stand_in": np.zeros(1)}, "run": run})
+        shutil.rmtree(self._step / "params")
+        self._params.rename(self._step / "params")
+        write_model(self._step.parent.parent, self._config)
+
+
+class ParamsReader:
+    """Reads the parameters of a checkpoint a layer at a time, any checkpoint of `train.py` or of `ParamsWriter`.
+
+    (Orbax loads whole leaves, and holds several copies of one while it does.) The bits of a leaf are checked when the
+    last of its layers is read.
+
+    Args:
+        workdir: working directory.
+        step: which; the latest if None.
+
+    Attributes:
+        config: the model.
+        leaves: path in the tree -> (shape, dtype).
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        CheckpointError: damaged files.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, step: int | None = None):
+        self._path = _path(workdir, step)
+        self.config = read_model(workdir)
+        described = _metadata(self._path, "params")["params"]
+        self.leaves = {
+            tuple(name.split(".")): (tuple(x.shape), np.dtype(x.dtype)) for name, x in named_leaves(described).items()
+        }
+        try:
+            self._bit_sums = dict(json.loads((self._path / "run" / "data.json").read_text())["bit_sums"])
+            flags = json.loads((self._path / "params" / "_METADATA").read_text())
+            self._ocdbt, self._zarr3 = bool(flags["use_ocdbt"]), bool(flags["use_zarr3"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(self._path, _first_line(error)) from error
+        self._open: tuple[tuple[str, ...], Any] | None = None
+        self._sums: dict[tuple[str, ...], dict[tuple[int, ...], int]] = {path: {} for path in self.leaves}
+
+    def _array(self, path: tuple[str, ...], stacked: int) -> Any:
+        if self._open is None or self._open[0] != path:
+            shape, dtype = self.leaves[path]
+            array = self._tensorstore(path, cache_bytes=0)
+            if tuple(array.shape) != shape or array.dtype.numpy_dtype != dtype:
+                raise ValueError(f"it is {array.dtype.name}{list(array.shape)}; its description says another")
+            if any(n > 1 for n in array.chunk_layout.read_chunk.shape[:stacked]):
+                # Layers that lie in one chunk: it is decoded once, not for each of them.
+                array = self._tensorstore(path, cache_bytes=math.prod(shape) * dtype.itemsize + 2 * _CHUNK_BYTES)
+            self._open = path, array
+        return self._open[1]
+
+    def _tensorstore(self, path: tuple[str, ...], cache_bytes: int) -> Any:
+        store: dict[str, Any] = {"driver": "file", "path": f"{self._path / 'params'}/"}
+        name = ".".join(path) + "/"
+        if self._ocdbt:
+            store = {"driver": "ocdbt", "base": store, "path": name}
+        else:
+            store["path"] += name
+        spec = {"driver": "zarr3" if self._zarr3 else "zarr", "kvstore": store}
+        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        options = dict(open=True, read=True, context=context, recheck_cached_data=False)
+        return tensorstore.open(spec, **options).result()
+
+    def read(self, path: tuple[str, ...], stack: tuple[int, ...]) -> np.ndarray:
+        """One layer of a leaf; `stack` says which, () is all of a leaf.
+
+        Raises:
+            CheckpointError: damaged files.
+        """
+        try:
+            array = self._array(path, len(stack))[stack].read().result()
+        except Exception as error:  # TensorStore raises many kinds
+            raise _damaged(self._path, f"{'.'.join(path)}: {_first_line(error)}") from error
+        sums, name = self._sums[path], f"params.{'.'.join(path)}"
+        sums[stack] = bit_sum(array)
+        whole = len(sums) == math.prod(self.leaves[path][0][: len(stack)])
+        if whole and sum(sums.values()) % 2**32 != self._bit_sums.get(name):
+            raise _damaged(self._path, f"other bits than were saved in {name}")
+        return array
+
+
+def bit_sum(array: np.ndarray) -> int:
+    """The sum of an array's elements' bits modulo 2^32, as `_bit_sums` computes it on devices."""
+    return int(array.view(f"uint{8 * array.dtype.itemsize}").sum(dtype=np.uint64)) % 2**32
 
 
 def check_shapes(path: str | pathlib.Path, part: str, found: PyTree, wanted: PyTree) -> None:

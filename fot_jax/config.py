@@ -7,10 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import numbers
 import pathlib
 from typing import Any
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+MAX_SIZE = 2**31 - 1  # what an int32 index can address
+_WHOLE = (
+    "vocab_size",
+    "d_model",
+    "d_ff",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "head_size",
+    "window",
+    "last_context_length",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +111,7 @@ class ModelConfig:
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)
+        self._check_types()
         for name in ("vocab_size", "d_model", "d_ff", "n_layers", "n_heads", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
@@ -118,6 +133,29 @@ class ModelConfig:
             if not 0 <= layer < self.n_layers:
                 raise ValueError(f"mem_layers has {layer}; wanted layers in 0..{self.n_layers - 1} (n_layers)")
         set_("last_context_length", max(1, min(self.last_context_length, self.window)))
+
+    def _check_types(self) -> None:
+        """Files say anything; a wrong type would show much later, if at all."""
+        whole = lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        for name in _WHOLE:
+            if not whole(getattr(self, name)) or getattr(self, name) > MAX_SIZE:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; wanted a whole number up to {MAX_SIZE}")
+        for name in ("bos_id", "eos_id", "pad_id"):
+            value = getattr(self, name)
+            if value is not None and not (whole(value) and 0 <= value <= MAX_SIZE):
+                raise ValueError(f"{name} is {value!r}; wanted a token's number, or None")
+        for name in ("rope_base", "norm_eps", "init_std"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; wanted a number, finite and not negative")
+        if not self.rope_base:
+            raise ValueError("rope_base is 0; wanted a positive number")
+        for name in ("mem_positionals", "qk_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; wanted True or False")
+        layers = self.mem_layers
+        if not isinstance(layers, (tuple, list, set, frozenset)) or not all(map(whole, layers)):
+            raise ValueError(f"mem_layers is {layers!r}; wanted layers' numbers")
 
     @property
     def mem_dtype(self) -> str:
@@ -236,7 +274,7 @@ def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelCo
         if fields.get(name) not in allowed:
             raise ValueError(f"config.json: {name} is {fields[name]!r}; wanted {allowed[0]!r}")
     scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ValueError(f"config.json: rope_scaling is {scaling!r}; wanted none")
     missing = [name for name in _HF_FIELDS.values() if name in _HF_REQUIRED and name not in fields]
     if missing:
@@ -251,10 +289,11 @@ def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelCo
         if theirs in fields and (fields[theirs] is not None or theirs.endswith("token_id"))
     }
     known.setdefault("rope_base", scaling.get("rope_theta", 10000.0))
-    if isinstance(known["rope_base"], (str, list, bool)):
-        raise ValueError(f"config.json: rope_theta is {known['rope_base']!r}; wanted a number")
     if isinstance(known.get("eos_id"), list):
         known["eos_id"] = known["eos_id"][0] if known["eos_id"] else None
+    for name in ("bos_id", "eos_id", "pad_id"):  # -1 stands for none in early LLaMA configurations
+        if known.get(name) == -1:
+            known[name] = None
     mem_layers = fields.get("mem_layers") or ()
     if not isinstance(mem_layers, (list, tuple)) or not all(isinstance(layer, int) for layer in mem_layers):
         raise ValueError(f"config.json: mem_layers is {mem_layers!r}; wanted a list of whole numbers")
@@ -262,7 +301,7 @@ def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelCo
     return ModelConfig(
         **known,
         mem_layers=tuple(mem_layers),
-        qk_norm=bool(fields.get("qk_norm", False)),
+        qk_norm=fields.get("qk_norm", False),
         dtypes=DtypePolicy(params=dtype, compute=dtype, memory=fields.get("mem_dtype") or dtype),
     )
 
@@ -297,6 +336,36 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def to_hf_llama(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a plain LLaMA `config.json`, for stock `transformers`. Within its window, where there is no memory
+    yet, a model computes the same without memory layers.
+
+    Raises:
+        ValueError: maths that LLaMA does not have.
+    """
+    if config.qk_norm:
+        raise ValueError("qk_norm is True; wanted False: LLaMA has no query/key normalisation")
+    if config.mem_layers and not config.mem_positionals:
+        raise ValueError("mem_positionals is False; wanted True: LLaMA rotates queries and keys in every layer")
+    if config.d_model % config.n_heads:
+        raise ValueError(
+            f"d_model is {config.d_model}; wanted a multiple of n_heads, {config.n_heads}: transformers refuses others"
+        )
+    ours = ("mem_positionals", "last_context_length")
+    fields = {theirs: getattr(config, name) for name, theirs in _HF_FIELDS.items() if name not in ours}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_scaling": None,
+        **fields,
+        "torch_dtype": config.dtypes.params,
+        "use_cache": True,
+    }
+
+
 def read_hf(directory: str | pathlib.Path, compute_dtype: str | None = None) -> ModelConfig:
     """`from_hf` of the `config.json` in a directory.
 
@@ -311,4 +380,7 @@ def read_hf(directory: str | pathlib.Path, compute_dtype: str | None = None) -> 
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a JSON {type(fields).__name__}; wanted an object")
-    return from_hf(fields, compute_dtype)
+    try:
+        return from_hf(fields, compute_dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error

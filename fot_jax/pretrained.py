@@ -3,59 +3,56 @@
 from __future__ import annotations
 
 import os
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from fot_jax import checkpoint
-from fot_jax.config import FLOAT_DTYPES, ModelConfig, read_hf
+from fot_jax import formats
+from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
 from fot_jax.formats import hf
+from fot_jax.formats.layout import leaf_shapes, nest
+from fot_jax.formats.source import read_params
 
 PyTree = Any
 
 
-def load_pretrained(path: str | os.PathLike, dtype: str | None = "float32") -> tuple[ModelConfig, PyTree]:
-    """A model's configuration and parameters from a directory.
-
-    For a model that does not fit one device, `formats.hf.read_params` gives NumPy arrays to place on a mesh.
+def load_pretrained(
+    path: str | os.PathLike,
+    dtype: str | None = "float32",
+    shardings: Callable[[ModelConfig], PyTree] | None = None,
+) -> tuple[ModelConfig, PyTree]:
+    """A model's configuration and parameters from a checkpoint of any format.
 
     Args:
-        path: a Hugging Face LLaMA or LongLLaMA directory (safetensors or `.bin`, single or sharded), or a working
-            directory of `train.py`, whose latest checkpoint is taken.
+        path: a Hugging Face LLaMA or LongLLaMA directory (safetensors or `.bin`, single or sharded), a working
+            directory of `train.py`, whose latest checkpoint is taken, or any other format of `formats.open_checkpoint`.
         dtype: of the parameters, and of the computation that the configuration asks for: float32, bfloat16 or
             float16. None leaves both as the directory states them. The dtype of memory is always the directory's.
+        shardings: for a model that does not fit one device: config -> tree of shardings shaped like params
+            (`sharding.param_shardings` of `model.abstract_params`).
 
     Returns:
-        config, and params on the first device: exactly the checkpoint's elements, in the tree that `init_params` makes.
+        config, and params, on the first device or as `shardings` says: exactly the checkpoint's elements, in the tree
+        that `init_params` makes.
 
     Raises:
         FileNotFoundError: no such directory, or no model in it.
         ValueError: an unknown dtype; an architecture this model does not have; tensors unknown, missing, twice there or
             of another shape, each named.
         CheckpointError: a damaged checkpoint of `train.py`.
-        ImportError: `.bin` files where torch is not installed.
+        ImportError: a package that the format needs is not installed: torch for `.bin` and `.pth`, gguf.
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(FLOAT_DTYPES)}")
-    path = pathlib.Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory; wanted a Hugging Face model or a working directory")
-    if checkpoint.is_workdir(path):
-        config, params = checkpoint.load_params(path)
-        if dtype is not None:
-            dtypes = config.dtypes.__class__(params=dtype, compute=dtype, memory=config.dtypes.memory)
-            config = config.replace(dtypes=dtypes)
-            params = jax.tree.map(lambda x: x.astype(dtype), params)
-        return config, params
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path}: no model; wanted config.json and weights, or model.json and a checkpoint of train.py"
-        )
-    config = read_hf(path, dtype)
-    return config, jax.tree.map(jnp.asarray, hf.read_params(path, config))
+    source = formats.open_checkpoint(path, compute_dtype=dtype)
+    config = source.config
+    if dtype is not None:
+        config = config.replace(dtypes=DtypePolicy(params=dtype, compute=dtype, memory=config.dtypes.memory))
+    if shardings is None:
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return config, read_params(source, config, shardings=nest(dict.fromkeys(leaf_shapes(config), one)))
+    return config, read_params(source, config, shardings=shardings(config))
 
 
 def save_pretrained(path: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict, config_dict
 
-from fot_jax import checkpoint, crossbatch, data, sources
-from fot_jax.config import DtypePolicy, ModelConfig, named, read_hf
-from fot_jax.formats import hf
+from fot_jax import checkpoint, crossbatch, data, formats, sources
+from fot_jax.config import DtypePolicy, ModelConfig, named
+from fot_jax.formats.source import read_params
 from fot_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def default_config() -> ConfigDict:
                 field="text",  # that holds the text, where documents have fields
                 skip_short=False,  # leave out documents of fewer than two tokens, instead of refusing them
                 align_documents=False,  # start every document in a window of its own, padding its last one
-                tokenizer="",  # SentencePiece model
+                tokenizer="",  # SentencePiece model, tokenizer.json or directory
                 prepared="",  # folder for tokenised documents; none: WORKDIR/data
                 seed=0,  # of the order of documents
             ),
@@ -202,10 +202,10 @@ def model_config(config: ConfigDict, pretrained: ModelConfig | None = None) -> M
 
 
 def read_model(path: str | os.PathLike) -> ModelConfig:
-    """The configuration of the model in a working directory or a Hugging Face directory; parameters become float32."""
+    """The configuration of the model in a checkpoint of any format; parameters become float32."""
     if (pathlib.Path(path) / "model.json").is_file() and not checkpoint.is_workdir(path):
         raise checkpoint.CheckpointError(f"{path} is a working directory without a checkpoint; wanted one with")
-    base = checkpoint.read_model(path) if checkpoint.is_workdir(path) else read_hf(path)
+    base = formats.open_checkpoint(path).config
     return base.replace(dtypes=dataclasses.replace(base.dtypes, params="float32"))
 
 
@@ -217,54 +217,22 @@ def starting_model(path: str | os.PathLike, wanted: ModelConfig) -> ModelConfig:
     return found.replace(mem_layers=wanted.mem_layers) if found.n_layers == wanted.n_layers else found
 
 
-def starting_params(path: str | os.PathLike, wanted: ModelConfig, abstract: Any) -> Any:
-    """Parameters of the model in a working directory or a Hugging Face directory, to train `wanted` from.
+def starting_params(path: str | os.PathLike, wanted: ModelConfig, shardings: Any = None) -> Any:
+    """Parameters of the model in a checkpoint of any format, to train `wanted` from.
 
     Memory layers have no parameters of their own, so any LLaMA can go on as a Focused Transformer: only the stacks that
     hold its layers change.
 
     Args:
-        abstract: the shapes that `wanted` has.
+        shardings: tree of shardings to place them by.
 
     Returns:
-        The tree, of NumPy arrays.
+        The tree, of NumPy arrays, or as `shardings` says.
 
     Raises:
-        CheckpointError: tensors of another shape, each by name.
+        ValueError: tensors that are not those of `wanted`, named.
     """
-    if checkpoint.is_workdir(path):
-        found, params = checkpoint.load_params(path)
-    else:
-        found = read_hf(path)
-        params = hf.read_params(path, found)
-    params = jax.tree.map(lambda x: np.asarray(x).astype(wanted.dtypes.params), params)
-    if found.segments != wanted.segments and found.n_layers == wanted.n_layers:
-        params = _restack(found, params, wanted)
-    checkpoint.check_shapes(path, "params", params, abstract)
-    return params
-
-
-def _restack(found: ModelConfig, params: Any, wanted: ModelConfig) -> Any:
-    parts = []
-    for i, segment in enumerate(found.segments):
-        stacks = params[f"segment_{i}"]
-        groups = [stacks["plain"]] if segment.plain else []
-        groups += [jax.tree.map(lambda x: x[:, None], stacks["memory"])] if segment.memory else []
-        parts.append(jax.tree.map(lambda *x: np.concatenate(x, axis=1).reshape(-1, *x[0].shape[2:]), *groups))
-    layers = jax.tree.map(lambda *x: np.concatenate(x), *parts)  # [L, ...]
-    out = {key: value for key, value in params.items() if not key.startswith("segment_")}
-    start = 0
-    for i, segment in enumerate(wanted.segments):
-        cut = slice(start, start + segment.n_layers)
-        shape = (segment.repeats, segment.plain + segment.memory)
-        group = jax.tree.map(lambda x, cut=cut, shape=shape: x[cut].reshape(*shape, *x.shape[1:]), layers)
-        out[f"segment_{i}"] = {}
-        if segment.plain:
-            out[f"segment_{i}"]["plain"] = jax.tree.map(lambda x, n=segment.plain: x[:, :n], group)
-        if segment.memory:
-            out[f"segment_{i}"]["memory"] = jax.tree.map(lambda x: x[:, -1], group)
-        start = cut.stop
-    return out
+    return read_params(formats.open_checkpoint(path), wanted, shardings=shardings)
 
 
 def learning_rate(config: ConfigDict) -> Callable[[jax.Array], jax.Array]:

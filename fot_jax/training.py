@@ -366,8 +366,7 @@ def train(
             state = TrainState(rest["step"], params, rest["opt_state"])
             batches.set_state(position)
         elif config.init_from:
-            params = run_config.starting_params(config.init_from, model_config, abstract.params)
-            params = jax.device_put(params, places.params)
+            params = run_config.starting_params(config.init_from, model_config, places.params)
             state = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=places)(params)
         else:
             # Run once: on a CPU, optimising the random number generator takes the compiler longer than running it.

@@ -6,7 +6,7 @@ import pytest
 
 from fot_jax import config as config_lib
 from fot_jax.config import DtypePolicy, ModelConfig, Segment
-from fot_jax.formats import hf
+from fot_jax.formats import layout
 
 TINY = ModelConfig(vocab_size=97, d_model=32, d_ff=88, n_layers=4, n_heads=4, window=32, mem_layers=(1, 3))
 
@@ -55,7 +55,7 @@ def test_segments(n_layers, mem_layers, segments):
     ],
 )
 def test_parameter_counts_of_published_checkpoints(size, count):
-    assert hf.count_params(config_lib.named(size)) == count
+    assert layout.count_params(config_lib.named(size)) == count
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_parameter_counts_of_published_checkpoints(size, count):
 )
 def test_parameter_counts_of_the_papers_small_models(size, count, with_embedding):
     config = config_lib.named(size)
-    found = hf.count_params(config) - (0 if with_embedding else config.vocab_size * config.d_model)
+    found = layout.count_params(config) - (0 if with_embedding else config.vocab_size * config.d_model)
     assert abs(found / count - 1) < 0.025
 
 
@@ -126,7 +126,7 @@ def test_from_hf_defaults_are_llamas():
         (dict(num_key_value_heads=-2), "n_kv_heads is -2; wanted at least 1"),
         (dict(head_dim=-6), "head_size is -6; wanted at least 1"),
         (dict(mem_layers="1"), "mem_layers is '1'; wanted a list of whole numbers"),
-        (dict(rope_theta="x"), "rope_theta is 'x'; wanted a number"),
+        (dict(rope_theta="x"), "rope_base is 'x'; wanted a number"),
     ],
 )
 def test_from_hf_refuses_what_it_cannot_do(change, message):

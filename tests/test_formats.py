@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 import fot_jax
 from fot_jax import checkpoint, model
 from fot_jax.config import DtypePolicy, ModelConfig
-from fot_jax.formats import hf
+from fot_jax.formats import hf, layout
 
 PLAIN = ModelConfig(vocab_size=11, d_model=8, d_ff=12, n_layers=3, n_heads=2, window=16)
 # Every size another, so that a wrong transposition cannot fit by chance.
@@ -28,8 +28,8 @@ CONFIGS = {"plain": PLAIN, "grouped": GROUPED, "tied": TIED}
 
 def random_params(config: ModelConfig, dtype: str = "float32"):
     rng = np.random.default_rng(0)
-    leaves = {path: rng.normal(size=shape).astype(dtype) for path, shape in hf.leaf_shapes(config).items()}
-    return hf._nest(leaves)
+    leaves = {path: rng.normal(size=shape).astype(dtype) for path, shape in layout.leaf_shapes(config).items()}
+    return layout.nest(leaves)
 
 
 def assert_same(found, wanted):
@@ -69,11 +69,11 @@ def rewrite(directory, change):
 def test_the_table_is_a_bijection(n_layers, mem_layers, tied, qk_norm):
     mem_layers = tuple(layer for layer in mem_layers if layer < n_layers)
     config = GROUPED.replace(n_layers=n_layers, mem_layers=mem_layers, tie_embeddings=tied, qk_norm=qk_norm)
-    entries = hf.table(config)
+    entries = layout.table(hf.LAYOUT, config)
     assert len({entry.name for entry in entries}) == len(entries)
     assert len({(entry.path, entry.stack) for entry in entries}) == len(entries)
-    shapes = hf.leaf_shapes(config)
-    assert sum(math.prod(shape) for shape in shapes.values()) == hf.count_params(config)
+    shapes = layout.leaf_shapes(config)
+    assert sum(math.prod(shape) for shape in shapes.values()) == layout.count_params(config)
     for entry in entries:
         assert shapes[entry.path] == shapes[entry.path][: len(entry.stack)] + entry.shape
         assert all(i < n for i, n in zip(entry.stack, shapes[entry.path]))
@@ -84,25 +84,28 @@ def test_the_table_makes_the_models_own_tree(name):
     abstract = model.abstract_params(CONFIGS[name])
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     found = {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
-    assert found == hf.leaf_shapes(CONFIGS[name])
+    assert found == layout.leaf_shapes(CONFIGS[name])
 
 
 def test_orientations():
     """y = W x in their layout equals the model's contractions in ours."""
     rng = np.random.default_rng(0)
-    entries = {entry.name: entry for entry in hf.table(GROUPED)}
+    entries = {entry.name: entry for entry in layout.table(hf.LAYOUT, GROUPED)}
     x_D, o_HK = rng.normal(size=8), rng.normal(size=(6, 10))
     for name, shape in [("q", (6, 10)), ("k", (3, 10)), ("v", (3, 10))]:
         entry = entries[f"model.layers.2.self_attn.{name}_proj.weight"]
         assert (entry.path, entry.stack) == (("segment_1", "memory", "attention", name), (0,))
         w = rng.normal(size=(shape[0] * shape[1], 8))
-        assert entry.hf_shape == w.shape
+        assert entry.their_shape == w.shape
         # Head h owns rows h K ... (h+1) K - 1 of their matrix.
         np.testing.assert_allclose(np.einsum("d,dhk->hk", x_D, entry.to_ours(w)), (w @ x_D).reshape(shape))
-        np.testing.assert_array_equal(entry.to_hf(entry.to_ours(w)), w)
+        np.testing.assert_array_equal(entry.to_theirs(entry.to_ours(w)), w)
     entry = entries["model.layers.3.self_attn.o_proj.weight"]
     w = rng.normal(size=(8, 60))
-    assert (entry.path, entry.stack) == (("segment_1", "plain", "attention", "o"), (1, 0)) and entry.hf_shape == w.shape
+    assert (entry.path, entry.stack) == (
+        ("segment_1", "plain", "attention", "o"),
+        (1, 0),
+    ) and entry.their_shape == w.shape
     np.testing.assert_allclose(np.einsum("hk,hkd->d", o_HK, entry.to_ours(w)), w @ o_HK.reshape(60))
     entry = entries["model.layers.5.mlp.down_proj.weight"]
     w = rng.normal(size=(8, 12))
@@ -156,7 +159,7 @@ def test_shards_and_their_index(tmp_path):
     assert len(shards) > 3 and all(shard.name.endswith(f"-of-{len(shards):05}.safetensors") for shard in shards)
     held = {name: shard.name for shard in shards for name in load_file(shard)}
     assert index["weight_map"] == held
-    assert index["metadata"]["total_size"] == 4 * hf.count_params(GROUPED)
+    assert index["metadata"]["total_size"] == 4 * layout.count_params(GROUPED)
     assert max(sum(x.nbytes for x in load_file(shard).values()) for shard in shards) <= 5000
     assert_same(fot_jax.load_pretrained(tmp_path / "m")[1], params)
 
@@ -264,7 +267,7 @@ def test_tensors_that_do_not_fit_are_named(saved):
     )
     expect(lambda t: t.update({"model.norm.bias": np.ones(8)}), "model.norm.bias is unknown")
     expect(lambda t: t.update({name: np.ones((60, 8), np.float32)}), rf"{name} is \(60, 8\); wanted \(30, 8\)")
-    expect(lambda t: t.update({name: np.ones((30, 8), np.int32)}), f"{name} is int32; wanted floating point")
+    expect(lambda t: t.update({name: np.ones((30, 8), np.int32)}), f"{name} is I32; wanted floating point")
     expect(lambda t: [t.pop(key) for key in list(t) if "mlp" in key], "tensor missing: .* and 13 more")
     fot_jax.load_pretrained(directory)
 
@@ -326,9 +329,9 @@ def test_damaged_and_absent_files(tmp_path, saved):
         with pytest.raises(ValueError, match="not a safetensors file, or a damaged one"):
             fot_jax.load_pretrained(directory)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="no checkpoint; wanted model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="no model; wanted config.json and weights"):
         fot_jax.load_pretrained(directory)
-    with pytest.raises(FileNotFoundError, match="no such directory"):
+    with pytest.raises(FileNotFoundError, match="no such file or directory"):
         fot_jax.load_pretrained(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match="no model; wanted config.json"):
         fot_jax.load_pretrained(tmp_path)

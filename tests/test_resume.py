@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import fot_jax
 from fot_jax import checkpoint
 from fot_jax.tokenizer import train_tokenizer
 
@@ -91,7 +92,7 @@ def outcome(workdir):
     last = pathlib.Path(workdir) / "checkpoints" / str(STEPS)
     data, told = (json.loads((last / part / "data.json").read_text()) for part in ("data", "run"))
     metrics = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    params = jax.device_get(checkpoint.load_params(workdir)[1])
+    params = jax.device_get(fot_jax.load_pretrained(workdir, None)[1])
     return params, data, told, [(line["step"], line["loss"]) for line in metrics if "loss" in line]
 
 

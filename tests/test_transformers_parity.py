@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fot_jax
-from fot_jax.formats import hf
+from fot_jax.formats import layout
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -61,7 +61,7 @@ def models(request, tmp_path_factory):
 
 def test_what_is_loaded(models):
     case, reference, config, params = models
-    assert hf.count_params(config) == reference.num_parameters()
+    assert layout.count_params(config) == reference.num_parameters()
     assert config.rope_base == (1e6 if case in ("rope_base_1e6", "all") else 1e4)
     assert config.tie_embeddings == (case in ("tied_embeddings", "all"))
     assert ("head" in params) == (not config.tie_embeddings)

@@ -1,1 +1,79 @@
-"""Checkpoint layouts: one table of names each."""
+"""Checkpoint layouts: one table of names each, and readers. `open_checkpoint` recognises them."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+
+from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
+from fot_jax.formats import easylm, gguf, hf, meta, ours
+from fot_jax.formats.source import Source
+
+
+def open_checkpoint(
+    path: str | os.PathLike,
+    *,
+    compute_dtype: str | None = None,
+    size: ModelConfig | None = None,
+    window: int | None = None,
+) -> Source:
+    """Opens a checkpoint of any format, recognised by what is there; reads no weights.
+
+    Args:
+        path: a working directory of `train.py` or of a conversion; a Hugging Face LLaMA or LongLLaMA directory; Meta's
+            directory of `consolidated.*.pth`; an EasyLM checkpoint, or the directory of one; a GGUF file.
+        compute_dtype: overrides the dtypes that a Hugging Face `config.json` states.
+        size: the model's sizes, for an EasyLM checkpoint without a configuration.
+        window: W, where the format does not say it (Meta's; 2048 if None) or another is wanted.
+
+    Raises:
+        FileNotFoundError: nothing there, or no checkpoint in it.
+        ValueError: damaged files, or a model that this project does not have.
+        CheckpointError: a damaged checkpoint of ours.
+        ImportError: a package that this format needs is not installed.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory; wanted a checkpoint")
+    if (path / "model.json").is_file():
+        return _with_window(ours.open_workdir(path), window)
+    if (path / "config.json").is_file() and hf.is_checkpoint(path):
+        return _with_window(hf.open_directory(path, compute_dtype), window)
+
+    if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):
+        return _in_its_dtype(meta.open_directory(path, window=window))
+    ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if _magic(path) == b"GGUF" else []
+    if len(ggufs) == 1:
+        return _in_its_dtype(gguf.open_file(ggufs[0], window=window))
+    if easylm.find(path):
+        return _in_its_dtype(easylm.open_checkpoint(path, size=size, window=window))
+    if path.is_file():
+        raise ValueError(
+            f"{path}: begins with {_magic(path)!r}, no checkpoint this project knows as a single file; wanted GGUF, "
+            "EasyLM's streamed msgpack, or the directory that the file is in"
+        )
+    raise FileNotFoundError(
+        f"{path}: no model; wanted config.json and weights (Hugging Face), model.json and a checkpoint of train.py, "
+        "params.json and consolidated.*.pth (Meta), one GGUF file, or a streamed EasyLM checkpoint"
+    )
+
+
+def _magic(path: pathlib.Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
+
+
+def _with_window(source: Source, window: int | None) -> Source:
+    return source if window is None else source.with_config(source.config.replace(window=window))
+
+
+def _in_its_dtype(source: Source) -> Source:
+    """With a configuration that asks for the dtype most of the numbers have, where the format states none."""
+    sizes: dict[str, int] = {}
+    for tensor in source.tensors.values():
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + math.prod(tensor.shape)
+    dtype = max(sizes, key=sizes.__getitem__, default="float32")
+    if dtype not in FLOAT_DTYPES:
+        dtype = "float32"
+    return source.with_config(source.config.replace(dtypes=DtypePolicy(dtype, dtype, dtype)))

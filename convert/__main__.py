@@ -1,0 +1,187 @@
+"""Converts checkpoints: Hugging Face LLaMA and LongLLaMA, Meta, EasyLM, GGUF and our own, recognised by themselves.
+
+    fot-convert SRC DST --to orbax                  a working directory: train.py --config.init_from=DST, eval.py
+    fot-convert SRC DST --to hf                     Hugging Face LongLLaMA, for the published inference code
+    fot-convert SRC DST --to hf-llama               Hugging Face LLaMA, for stock transformers
+    fot-convert SRC DST --to orbax --memory-layers 6,12,18      makes a LLaMA a LongLLaMA, to be tuned
+    fot-convert SRC --to orbax --plan               only says what would be done
+
+(`python -m convert` is the same.) Nothing is cast unless --dtype is given. The model is never held in memory, and DST
+appears when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+# A conversion has nothing to do on an accelerator, which another process may be using.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import tqdm
+from absl import logging
+
+from convert import plan as planning
+from convert import writers
+from fot_jax import checkpoint, formats
+from fot_jax.config import FLOAT_DTYPES, SIZES, named
+from fot_jax.formats import files
+
+EXIT_NOT_VERIFIED, EXIT_ERROR = 1, 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fot-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", type=pathlib.Path, help="directory or file of the checkpoint")
+    add("destination", metavar="DST", type=pathlib.Path, nargs="?", help="directory to make")
+    add("--to", choices=planning.TARGETS, required=True, help="format of the result")
+    add("--dtype", choices=FLOAT_DTYPES, help="of all tensors (default: each keeps its own)")
+    add("--memory-layers", type=_layers, metavar="L,L,...", help="layers that read memory, from 0; 'none' for none")
+    add("--memory-dtype", choices=FLOAT_DTYPES, help="what memory is kept in (default: the source's)")
+    add("--expand-kv-heads", action="store_true", help="repeat key and value heads, one for each query head")
+    add("--size", choices=sorted(SIZES), metavar="NAME", help="the model's size, for EasyLM without configuration")
+    add("--window", type=int, metavar="W", help="tokens of the window, where the source does not say it or is wrong")
+    add("--verify", action="store_true", help="compare the result with the source; DST appears only if they agree")
+    add("--tolerance", type=float, help="of --verify: greatest difference over greatest logit")
+    add("--plan", action="store_true", help="say what would be done, and what it needs; read no weights")
+    add("--overwrite", action="store_true", help="replace DST")
+    add("--json", type=pathlib.Path, metavar="FILE", help="write plan and results there")
+    return parser
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    return () if text == "none" else tuple(int(layer) for layer in text.split(","))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; its exit status: 0, 1 where --verify found a difference, 2 for an error."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.destination is None and not args.plan:
+        parser.error("DST is missing; only --plan needs none")
+    if args.tolerance is not None and not args.verify:
+        parser.error("--tolerance is of --verify, which is not given")
+    logging.set_verbosity(logging.ERROR)  # Orbax has much to say
+    try:
+        with _terminated():
+            return _convert(args)
+    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
+        # Names come from files that anybody may have written: no line breaks, nothing a terminal obeys.
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+        print(f"fot-convert: {shown}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("fot-convert: interrupted; nothing was left behind", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _convert(args: argparse.Namespace) -> int:
+    size = named(args.size) if args.size else None
+    source = formats.open_checkpoint(args.source, size=size, window=args.window)
+    plan = planning.make_plan(
+        source,
+        args.to,
+        dtype=args.dtype,
+        memory_layers=args.memory_layers,
+        memory_dtype=args.memory_dtype,
+        expand_kv_heads=args.expand_kv_heads,
+    )
+    print(plan.table(), flush=True)
+    results = {"plan": plan.summary()}
+    if args.destination is not None:
+        room = _check_destination(args.destination, plan, overwrite=args.overwrite)
+        print(f"{'disk needed':14s} {planning.size(plan.nbytes)}, {planning.size(room)} are free", flush=True)
+        if room < plan.nbytes and not args.plan:
+            raise OSError(
+                f"{args.destination}: the result needs {plan.nbytes:,} bytes, the disk has {room:,}; wanted more room"
+            )
+    else:
+        print(f"{'disk needed':14s} {planning.size(plan.nbytes)}")
+    passed = True
+    if not args.plan:
+        with files.beside(args.destination) as partial:
+            start = time.perf_counter()
+            with _progress(plan.nbytes) as progress:
+                tokenizer = writers.write(plan, partial, progress)
+            seconds = time.perf_counter() - start
+            results["seconds"], results["bytes"], results["tokenizer"] = seconds, plan.nbytes, tokenizer
+            print(f"{'tokenizer':14s} {', '.join(tokenizer) or 'none found'}")
+            print(f"{'took':14s} {seconds:.1f} s, {planning.size(plan.nbytes / seconds)}/s", flush=True)
+            if args.verify:
+                from convert.verify import verify
+
+                report = verify(plan, partial, args.tolerance)
+                passed = report.passed
+                print(report.table(), flush=True)
+                results["verify"] = report.as_dict()
+            if passed:
+                files.put_in_place(partial, args.destination)
+                print(f"{'written':14s} {args.destination}")
+            else:
+                print(f"fot-convert: {args.destination} is not written: the result differs", file=sys.stderr)
+    if args.json:
+        checkpoint.write_json(args.json, results)
+    return 0 if passed else EXIT_NOT_VERIFIED
+
+
+def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwrite: bool) -> int:
+    """Bytes free where the result is to go."""
+    destination = pathlib.Path(os.path.abspath(destination))
+    if destination.exists() and not overwrite:
+        raise FileExistsError(f"{destination} is there; wanted a new directory, or --overwrite")
+    if destination.exists() and not destination.is_dir():
+        raise NotADirectoryError(f"{destination} is a file; wanted a directory to replace")
+    source = plan.source.path.resolve()
+    if source.is_relative_to(destination.resolve()):
+        raise ValueError(f"{destination} holds the source, {source}; wanted another directory")
+    for left in destination.parent.glob(f".{destination.name}.partial-*"):
+        print(f"{'left over':14s} {left}, of a conversion that was killed or is running; remove it if it is not")
+    existing = next(parent for parent in destination.parents if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Makes SIGTERM end the conversion as Ctrl-C does, with nothing left behind."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator:
+    """A function to call with bytes done: a bar on a terminal, a line every ten seconds elsewhere."""
+    bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not sys.stderr.isatty())
+    done, start, said = 0, time.perf_counter(), time.perf_counter()
+
+    def progress(nbytes: int) -> None:
+        nonlocal done, said
+        done += nbytes
+        bar.update(nbytes)
+        if bar.disable and time.perf_counter() - said > 10:
+            said = time.perf_counter()
+            rate = planning.size(done / (said - start))
+            print(f"converting: {planning.size(done)} of {planning.size(total)}, {rate}/s", file=sys.stderr)
+
+    with bar:
+        yield progress
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""What a conversion will do, from the headers of the source alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from fot_jax import config as config_lib
+from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
+from fot_jax.formats import hf
+from fot_jax.formats.layout import LAYER, OURS, TOP, Entry, table
+from fot_jax.formats.source import Source, Tensor, cast
+
+TARGETS = ("orbax", "hf", "hf-llama")
+# Python, NumPy, JAX and Orbax loaded.
+_PROCESS_BYTES = 400 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor on its way.
+
+    Attributes:
+        source: the tensor, and its place in our tree.
+        target: its place in the result.
+        dtype: what it is stored in.
+        repeat: how many times each key/value head is written.
+    """
+
+    source: tuple[Entry, Tensor]
+    target: Entry
+    dtype: np.dtype
+    repeat: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the result."""
+        return math.prod(self.target.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """The tensor in our orientation, heads repeated, in the dtype it is stored in."""
+        entry, tensor = self.source
+        array = cast(entry.to_ours(tensor.read()), self.dtype, entry.name)
+        return array if self.repeat == 1 else np.repeat(array, self.repeat, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion.
+
+    Attributes:
+        source: what is read.
+        to: the format written, one of `TARGETS`.
+        config: the model written.
+        pieces: every tensor, in the order of the source.
+        dtype: what was asked for; None where dtypes are kept.
+    """
+
+    source: Source
+    to: str
+    config: ModelConfig
+    pieces: tuple[Piece, ...]
+    dtype: str | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors in the result."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory needed beyond mapped files: a tensor as it is read, in our orientation and in the result's; of our
+        own checkpoints a whole leaf, where its layers lie in one piece.
+        """
+        read = max(math.prod(tensor.shape) * tensor.dtype.itemsize for _, tensor in (p.source for p in self.pieces))
+        written = max(piece.nbytes for piece in self.pieces)
+        return _PROCESS_BYTES + 2 * read + 2 * written + (self._largest_leaf() if self.source.layout is OURS else 0)
+
+    def _largest_leaf(self) -> int:
+        sizes: dict[tuple[str, ...], int] = {}
+        for piece in self.pieces:
+            entry, tensor = piece.source
+            sizes[entry.path] = sizes.get(entry.path, 0) + math.prod(tensor.shape) * tensor.dtype.itemsize
+        return max(sizes.values())
+
+    def summary(self) -> dict[str, Any]:
+        """Everything worth knowing, for programs."""
+
+        def by_dtype(sizes: list[tuple[str, int]]) -> dict[str, int]:
+            return {name: sum(n for other, n in sizes if other == name) for name in sorted({name for name, _ in sizes})}
+
+        found = [(t.dtype.name, math.prod(t.shape) * t.dtype.itemsize) for _, t in (p.source for p in self.pieces)]
+        c = self.config
+        return {
+            "source": str(self.source.path),
+            "source_format": self.source.layout.format,
+            "to": self.to,
+            "parameters": sum(math.prod(piece.target.shape) for piece in self.pieces),
+            "tensors": len(self.pieces),
+            "model": {
+                **{f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name != "dtypes"},
+                "memory_dtype": c.mem_dtype,
+            },
+            "source_bytes": by_dtype(found),
+            "result_bytes": by_dtype([(piece.dtype.name, piece.nbytes) for piece in self.pieces]),
+            "disk_bytes": self.nbytes,
+            "memory_bytes": self.memory_bytes,
+        }
+
+    def table(self) -> str:
+        """The same, for people."""
+        s, c = self.summary(), self.config
+        sizes = lambda by: ", ".join(f"{name} {size(n)}" for name, n in by.items())
+        layers = ", ".join(map(str, c.mem_layers)) or "none"
+        grouped = f" ({c.n_kv_heads} for keys and values)" if c.n_kv_heads != c.n_heads else ""
+        rows = {
+            "source": f"{s['source']} ({s['source_format']})",
+            "result": {"orbax": "Orbax working directory", "hf": "Hugging Face LongLLaMA"}.get(
+                self.to, "Hugging Face LLaMA"
+            ),
+            "parameters": f"{s['parameters']:,} in {s['tensors']} tensors",
+            "model": f"{c.n_layers} layers, width {c.d_model}, feed-forward {c.d_ff}, "
+            f"{c.n_heads} heads{grouped} of {c.head_size}",
+            "vocabulary": f"{c.vocab_size}{', head tied to the embedding' if c.tie_embeddings else ''}",
+            "window": f"{c.window}, rotary base {c.rope_base:g}",
+            "memory layers": layers + (" (left out: LLaMA has none)" if self.to == "hf-llama" and c.mem_layers else ""),
+            "read": sizes(s["source_bytes"]),
+            "written": sizes(s["result_bytes"]),
+            "memory needed": size(s["memory_bytes"]),
+        }
+        return "\n".join(f"{name:14s} {value}" for name, value in rows.items())
+
+
+def size(nbytes: int) -> str:
+    """'6.85 GB', '226.7 kB'."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:,.2f} {unit}"
+    return f"{nbytes / 1e3:,.1f} kB"
+
+
+def make_plan(
+    source: Source,
+    to: str,
+    *,
+    dtype: str | None = None,
+    memory_layers: tuple[int, ...] | None = None,
+    memory_dtype: str | None = None,
+    expand_kv_heads: bool = False,
+) -> Plan:
+    """Decides everything, and refuses what cannot be.
+
+    Args:
+        source: an opened checkpoint.
+        to: "orbax", a working directory to train from or to evaluate; "hf", Hugging Face LongLLaMA for the published
+            inference code; "hf-llama", Hugging Face LLaMA for stock transformers.
+        dtype: of all tensors; None keeps each one's.
+        memory_layers: layers that read memory; None keeps the source's.
+        memory_dtype: what memory is kept in; None keeps the source's.
+        expand_kv_heads: whether key/value heads are repeated until there is one for each query head.
+
+    Raises:
+        ValueError: an unknown target or dtype; tensors that are not those of the model; a model that the target cannot
+            hold.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"target is {to!r}; wanted one of {', '.join(TARGETS)}")
+    if dtype is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(FLOAT_DTYPES)}")
+    config = source.config
+    repeat = config.n_heads // config.n_kv_heads if expand_kv_heads else 1
+    dtypes = DtypePolicy(
+        params=dtype or config.dtypes.params,
+        compute=dtype or config.dtypes.compute,
+        memory=memory_dtype or config.dtypes.memory,
+    )
+    config = config.replace(
+        dtypes=dtypes,
+        mem_layers=config.mem_layers if memory_layers is None else memory_layers,
+        n_kv_heads=config.n_kv_heads * repeat,
+    )
+    if to == "hf":
+        _check_published(config)
+    elif to == "hf-llama":
+        config_lib.to_hf_llama(config)
+
+    targets = {(e.part, e.layer): e for e in table(OURS if to == "orbax" else hf.LAYOUT, config)}
+    entries = source.entries()
+    # A stack of layers has one dtype: the one that holds all of theirs.
+    joint: dict[tuple[str, ...], set[np.dtype]] = {}
+    for entry, tensor in entries:
+        joint.setdefault(targets[entry.part, entry.layer].path, set()).add(tensor.dtype)
+
+    def stored(target: Entry, tensor: Tensor) -> np.dtype:
+        if dtype is not None:
+            return np.dtype(dtype)
+        return tensor.dtype if to != "orbax" else _joint(joint[target.path])
+
+    pieces = []
+    for entry, tensor in entries:
+        target = targets[entry.part, entry.layer]
+        times = repeat if entry.part in ("attention/k", "attention/v") else 1
+        pieces.append(Piece((entry, tensor), target, stored(target, tensor), times))
+    return Plan(source, to, config, tuple(pieces), dtype)
+
+
+def _joint(dtypes: set[np.dtype]) -> np.dtype:
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
+
+
+def _check_published(config: ModelConfig) -> None:
+    """Refuses a model that the published LongLLaMA code does not know."""
+    if config.n_kv_heads != config.n_heads:
+        raise ValueError(
+            f"n_kv_heads is {config.n_kv_heads} for {config.n_heads} query heads; the published LongLLaMA code knows "
+            "no grouped queries: wanted --expand-kv-heads, which repeats key and value heads, or another target"
+        )
+    if config.head_size * config.n_heads != config.d_model:
+        raise ValueError(
+            f"head_size is {config.head_size}; the published LongLLaMA code wanted d_model / n_heads, "
+            f"{config.d_model} / {config.n_heads}: take another target"
+        )
+    if config.qk_norm:
+        raise ValueError(
+            "qk_norm is True; the published LongLLaMA code has no query/key normalisation: take another target"
+        )
+
+
+# Every part has its place: a part that is added to one table only would be lost here.
+assert set(OURS.names) == {*TOP, *LAYER} == set(hf.LAYOUT.names)

@@ -1,0 +1,185 @@
+"""A checkpoint of any format, opened: what it holds is known, nothing of it is read yet."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from fot_jax.config import ModelConfig
+from fot_jax.formats.layout import Entry, Layout, flatten, is_ignored, leaf_shapes, nest, table
+
+FLOATS = tuple(np.dtype(name) for name in ("float64", "float32", "float16", ml_dtypes.bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: where it is, for messages.
+        shape: its shape there.
+        dtype: what `read` gives.
+        read: reads it, anew at each call; mapped from the file where that is possible.
+    """
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint.
+
+    Attributes:
+        path: what was opened.
+        layout: the format.
+        config: the model it holds.
+        tensors: by the format's names, in the order in which they are best read.
+        tokenizer: writes the tokenizer's files that belong to the checkpoint into a directory and returns their names.
+    """
+
+    path: pathlib.Path
+    layout: Layout
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: Callable[[pathlib.Path], list[str]]
+
+    def with_config(self, config: ModelConfig) -> Source:
+        """The same tensors as another model, which must have the same parameters."""
+        return dataclasses.replace(self, config=config)
+
+    def entries(self, config: ModelConfig | None = None) -> list[tuple[Entry, Tensor]]:
+        """Every tensor with its place in the tree of `config` (by default its own), in the order of `tensors`.
+
+        Args:
+            config: the same model, perhaps with other memory layers: they have no parameters of their own.
+
+        Raises:
+            ValueError: a tensor unknown, missing, of another shape or not floating point, named; a head that differs
+                from the embedding it is tied to.
+        """
+        config = config or self.config
+        if config.n_layers > len(self.tensors):  # before a table of as many as the file says is made
+            raise ValueError(
+                f"{self.path}: the configuration says {config.n_layers} layers; there are {len(self.tensors)} tensors "
+                "in all, wanted at least one a layer"
+            )
+        wanted = {entry.name: entry for entry in table(self.layout, config)}
+        head = self.layout.names["head/kernel"]
+        out = []
+        for name, tensor in self.tensors.items():
+            if is_ignored(self.layout, name) or (name == head and self.config.tie_embeddings):
+                continue
+            if name not in wanted:
+                raise ValueError(
+                    f"{tensor.file}: tensor {name} is unknown; wanted only those of a LLaMA of this config"
+                )
+            entry = wanted.pop(name)
+            if tensor.shape != entry.their_shape:
+                raise ValueError(f"{tensor.file}: tensor {name} is {tensor.shape}; wanted {entry.their_shape}")
+            if tensor.dtype not in FLOATS:
+                raise ValueError(f"{tensor.file}: tensor {name} is {tensor.dtype}; wanted floating point")
+            out.append((entry, tensor))
+        if wanted:
+            more = f" and {len(wanted) - 5} more" if len(wanted) > 5 else ""
+            raise ValueError(f"{self.path}: tensor missing: {', '.join([*wanted][:5])}{more}")
+        self._check_tied_head()
+        return out
+
+    def arrays(self, config: ModelConfig | None = None) -> Iterator[tuple[Entry, np.ndarray]]:
+        """Every tensor in our orientation, one read at a time. Raises as `entries`."""
+        for entry, tensor in self.entries(config):
+            yield entry, entry.to_ours(tensor.read())
+
+    def _check_tied_head(self) -> None:
+        names = self.layout.names
+        head, embedding = (self.tensors.get(names[part]) for part in ("head/kernel", "embed/embedding"))
+        if self.config.tie_embeddings and head is not None and embedding is not None:
+            entry = table(self.layout, self.config.replace(tie_embeddings=False))[-1]
+            if head.shape != entry.their_shape or not np.array_equal(entry.to_ours(head.read()).T, embedding.read()):
+                raise ValueError(
+                    f"{self.path}: tensor {names['head/kernel']} differs from {names['embed/embedding']}; "
+                    "wanted them equal, as the configuration ties them"
+                )
+
+
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """The array in another dtype, rounded to nearest; itself where it has that dtype.
+
+    Raises:
+        ValueError: a finite number that becomes infinite; the message names the tensor.
+    """
+    dtype = np.dtype(dtype)
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype)
+    # Only a narrower range can overflow.
+    if ml_dtypes.finfo(dtype).max < ml_dtypes.finfo(array.dtype).max:
+        overflown = ~np.isfinite(out) & np.isfinite(array)
+        if overflown.any():
+            raise ValueError(
+                f"tensor {name} holds {array[overflown].flat[0]}, beyond {dtype}, whose greatest number is "
+                f"{ml_dtypes.finfo(dtype).max}; wanted a dtype of greater range"
+            )
+    return out
+
+
+def read_params(
+    source: Source,
+    config: ModelConfig | None = None,
+    dtype: str | None = None,
+    shardings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """All parameters in our tree.
+
+    Args:
+        config: the model wanted, by default the source's own; memory layers may be others.
+        dtype: of the arrays; None stands for `config.dtypes.params`.
+        shardings: where the arrays shall lie, shaped like the tree. A host then holds no more than one leaf's part of
+            its own devices, and one tensor.
+
+    Returns:
+        NumPy arrays, or with `shardings` JAX arrays.
+
+    Raises:
+        ValueError: tensors that are not those of the model, named; numbers that the dtype cannot hold.
+    """
+    config = config or source.config
+    dtype_ = np.dtype(dtype or config.dtypes.params)
+    if shardings is not None:
+        return nest(dict(_sharded(source, config, dtype_, flatten(shardings))))
+    leaves = {path: np.empty(shape, dtype_) for path, shape in leaf_shapes(config).items()}
+    for entry, array in source.arrays(config):
+        leaves[entry.path][entry.stack] = cast(array, dtype_, entry.name)
+    return nest(leaves)
+
+
+def _sharded(
+    source: Source, config: ModelConfig, dtype: np.dtype, shardings: Mapping[tuple[str, ...], Any]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    import jax  # here, because reading itself needs none
+
+    by_leaf: dict[tuple[str, ...], list[tuple[Entry, Tensor]]] = {}
+    for entry, tensor in source.entries(config):
+        by_leaf.setdefault(entry.path, []).append((entry, tensor))
+    for path, shape in leaf_shapes(config).items():
+        places = shardings[path].addressable_devices_indices_map(shape)
+        bounds = {device: tuple(part.indices(n)[:2] for part, n in zip(at, shape)) for device, at in places.items()}
+        parts = {b: np.empty([stop - start for start, stop in b], dtype) for b in set(bounds.values())}
+        for entry, tensor in by_leaf[path]:
+            array = cast(entry.to_ours(tensor.read()), dtype, entry.name)
+            for b, part in parts.items():
+                stack, within = b[: len(entry.stack)], b[len(entry.stack) :]
+                if all(start <= i < stop for i, (start, stop) in zip(entry.stack, stack)):
+                    at = tuple(i - start for i, (start, _) in zip(entry.stack, stack))
+                    part[at] = array[tuple(slice(*ends) for ends in within)]
+        arrays = [jax.device_put(parts[b], device) for device, b in bounds.items()]
+        yield path, jax.make_array_from_single_device_arrays(shape, shardings[path], arrays)
