@@ -44,14 +44,15 @@ def main(argv: list[str]) -> None:
     if not config.data.sources:
         raise ValueError("config key data.sources is empty; wanted at least one source")
     corpora = [sources.open_corpus(source, field=config.data.field) for source in config.data.sources]
-    tokenizer = Tokenizer.load(config.data.tokenizer or checkpoint / "tokenizer.model")
+    tokenizer = Tokenizer.load(config.data.tokenizer or checkpoint)
     model, params = load_pretrained(checkpoint, config.dtype)
-    check_vocab(tokenizer, model.vocab_size)
+    check_vocab(tokenizer, model.vocab_size, padded=True)
 
     prepared = config.data.prepared or out / "data"
     sets = [data.prepare(corpus, tokenizer, prepared, skip_short=config.data.skip_short) for corpus in corpora]
     mixture = data.Mixture([data.Source(documents) for documents in sets], seed=None, repeat=False)
-    documents = [mixture.tokens(i) for i in range(mixture.n_documents)]
+    first = 0 if tokenizer.adds_bos else 1  # a set's documents begin with BOS; not every model expects it
+    documents = [mixture.tokens(i)[first:] for i in range(mixture.n_documents)]
 
     report = evaluation.run(model, params, config.options, documents, progress=tqdm.tqdm)
     print(report.table())

@@ -38,17 +38,20 @@ def main(argv: list[str]) -> None:
     # 1. Everything that can be wrong with the configuration, before any long work.
     model, mesh = training.check(config, workdir)
     if not config.data.tokenizer:
-        raise ValueError("config key data.tokenizer is empty; wanted a SentencePiece model")
+        raise ValueError("config key data.tokenizer is empty; wanted a SentencePiece model or a tokenizer.json")
     tokenizer = Tokenizer.load(config.data.tokenizer)
-    check_vocab(tokenizer, model.vocab_size)
-    own = workdir / "tokenizer.model"
-    if checkpoint.is_workdir(workdir) and own.exists() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
-        raise ValueError(f"{config.data.tokenizer} is another tokenizer than {own}, which the checkpoints there are of")
+    check_vocab(tokenizer, model.vocab_size, padded=bool(config.init_from))
+    if checkpoint.is_workdir(workdir):
+        for kept in (workdir / name for name in ("tokenizer.model", "tokenizer.json")):
+            if kept.exists() and Tokenizer.load(kept).fingerprint != tokenizer.fingerprint:
+                raise ValueError(
+                    f"{config.data.tokenizer} is another tokenizer than {kept}, which the checkpoints there are of"
+                )
     splits = ("train", "validation") if config.validation.every else ("train",)
     corpora = {split: run_config.open_corpora(config, split) for split in splits}
     log.info("model %s on mesh %s", model, dict(mesh.shape))
     workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(own)
+    tokenizer.save(workdir / tokenizer.file_name)
 
     # 2. Data: tokenised the first time, then opened. Batches are made ahead in a thread.
     prepared = config.data.prepared or workdir / "data"

@@ -107,7 +107,7 @@ class TokenSet:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the set was made with."""
-        return Tokenizer.load(self.path / "tokenizer.model")
+        return Tokenizer.load(self.path)
 
 
 # A text of so many characters, outer spaces not counted, has two tokens at least; shorter ones are tokenised to see.
@@ -162,7 +162,7 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, output: str | os.PathLike, *, 
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
         np.save(work / "lengths.npy", np.asarray(lengths, np.int32))
-        tokenizer.save(work / "tokenizer.model")
+        tokenizer.save(work / tokenizer.file_name)
         facts = {
             "fingerprint": content.hexdigest()[:16],
             "tokenizer": tokenizer.fingerprint,
@@ -499,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.add_argument("--output", required=True, help="the .model file to write")
     train.add_argument("--vocab_size", type=int, required=True)
     make = commands.add_parser("prepare", help="tokenise documents into a folder that training reads")
-    make.add_argument("--tokenizer", required=True, help="a SentencePiece .model file")
+    make.add_argument("--tokenizer", required=True, help="SentencePiece model, tokenizer.json, or directory")
     make.add_argument("--output", required=True, help="folder in which the prepared set gets a folder of its own")
     make.add_argument("--skip_short", action="store_true", help="leave out documents of fewer than two tokens")
     for command in (train, make):

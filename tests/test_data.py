@@ -81,6 +81,9 @@ def test_tokenizer_errors(small, tmp_path):
     with pytest.raises(ValueError, match="340 tokens.*32000"):
         tokenizer.check_vocab(small, 32000)
     tokenizer.check_vocab(small, 340)
+    tokenizer.check_vocab(small, 384, padded=True)
+    with pytest.raises(ValueError, match="340 tokens, the model's vocab_size is 339; wanted no more"):
+        tokenizer.check_vocab(small, 339, padded=True)
     with pytest.raises(FileNotFoundError, match="none.model"):
         tokenizer.Tokenizer.load(tmp_path / "none.model")
     (tmp_path / "bad.model").write_text("no model")

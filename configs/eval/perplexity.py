@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
                 ),  # as sources.open_corpus takes them: files, folders, python:SPLIT, tfds:NAME:SPLIT
                 field="text",  # that holds the text, where documents have fields
                 skip_short=False,  # leave out documents of fewer than two tokens, instead of refusing them
-                tokenizer="",  # SentencePiece model; by default tokenizer.model beside the checkpoint
+                tokenizer="",  # SentencePiece model, tokenizer.json or directory; the checkpoint's by default
                 prepared="",  # folder for tokenised documents; by default data/ beside the report
             ),
             options=perplexity.default_options(),
