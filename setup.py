@@ -54,7 +54,12 @@ setup(
     packages=find_packages(include=["fot_jax", "fot_jax.*", "convert", "convert.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["fot-convert = convert.__main__:main"]},
+    entry_points={
+        "console_scripts": [
+            "fot-convert = convert.__main__:main",
+            "fot-generate = fot_jax.generate.__main__:main",
+        ]
+    },
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -23,6 +23,8 @@ from fot_jax.config import ModelConfig
 Array = jax.Array
 
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
+COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
+FIRST_PAGE_BYTES = 2**22  # of keys of a layer: less is read so fast that smaller pages would save nothing
 INT32_MAX = 2**31 - 1
 
 
@@ -51,14 +53,59 @@ class Cache:
         return sum(x.nbytes for x in (*self.keys, *self.values))
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["pages"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """A cache in pages, each as long as all before it together, filled one after another.
+
+    For a single query a CPU reads arrays where they lie, at the speed of memory, but only whole ones: part of an array
+    is copied first. Of pages, those that are empty are not read, so that what a token costs follows the fill however
+    much there is room for, and no program depends on the fill.
+
+    Attributes:
+        pages: caches that follow one another.
+    """
+
+    pages: tuple[Cache, ...]
+
+    @property
+    def keys(self) -> tuple[tuple[Array, ...], ...]:
+        """For each layer, its pages of keys."""
+        return tuple(zip(*(page.keys for page in self.pages), strict=True))
+
+    @property
+    def values(self) -> tuple[tuple[Array, ...], ...]:
+        """For each layer, its pages of values."""
+        return tuple(zip(*(page.values for page in self.pages), strict=True))
+
+    @property
+    def length_B(self) -> Array:
+        """int32, slots filled, all pages together."""
+        return sum(page.length_B for page in self.pages)
+
+    @property
+    def capacity(self) -> int:
+        """M, slots a row can hold."""
+        return sum(page.capacity for page in self.pages)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(page.nbytes for page in self.pages)
+
+
+def _check_capacity(capacity: int) -> None:
+    if not 0 <= capacity <= INT32_MAX:
+        raise ValueError(f"memory capacity is {capacity} tokens; wanted 0..{INT32_MAX}")
+
+
 def init_cache(config: ModelConfig, batch: int, layers: int, capacity: int, dtype: str) -> Cache:
     """An empty cache of `layers` layers with room for `capacity` tokens a row.
 
     Raises:
         ValueError: a capacity that int32 slot numbers cannot address.
     """
-    if not 0 <= capacity <= INT32_MAX:
-        raise ValueError(f"memory capacity is {capacity} tokens; wanted 0..{INT32_MAX}")
+    _check_capacity(capacity)
     shape = (batch, config.n_kv_heads, config.head_size, capacity)
     zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))
     return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
@@ -69,8 +116,39 @@ def init_memory(config: ModelConfig, batch: int, capacity: int) -> Cache:
     return init_cache(config, batch, len(config.mem_layers), capacity, config.mem_dtype)
 
 
+def token_bytes(config: ModelConfig) -> int:
+    """Bytes of memory that a token of a row takes: its keys and values in all memory layers."""
+    return len(config.mem_layers) * 2 * config.n_kv_heads * config.head_size * jnp.dtype(config.mem_dtype).itemsize
+
+
+def init_pages(config: ModelConfig, batch: int, capacity: int) -> Pages:
+    """Empty memory of a model in pages, with room for `capacity` tokens a row, rounded up to whole windows; every page
+    has room for a window.
+
+    Raises:
+        ValueError: as `init_cache`.
+    """
+    W, none = config.window, init_memory(config, batch, 0)
+    capacity = -(-capacity // W) * W
+    if not capacity or not config.mem_layers:
+        return Pages((none,))
+    _check_capacity(capacity)
+    key_bytes = token_bytes(config) // (2 * len(config.mem_layers)) * batch * W
+    sizes = [min(W * power_of_two(-(-FIRST_PAGE_BYTES // key_bytes)), capacity)]
+    while sum(sizes) < capacity:
+        sizes.append(min(sum(sizes), capacity - sum(sizes)))
+    return Pages(tuple(init_memory(config, batch, size) for size in sizes))
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def _write(buffer_GKM: Array, new_GKT: Array, start: Array, count: Array) -> Array:
-    """`buffer` with the first `count` of `new` from slot `start` on; all others as they were."""
+    """`buffer` with the first `count` of `new` from slot `start` on, those that fall outside left out; all other slots
+    as they were.
+    """
     M, T = buffer_GKM.shape[2], new_GKT.shape[2]
     # dynamic_slice would move a slice that does not fit; take the last that does, and shift what is written into it.
     first = jnp.clip(start, 0, M - T)
@@ -82,12 +160,14 @@ def _write(buffer_GKM: Array, new_GKT: Array, start: Array, count: Array) -> Arr
     return jax.lax.dynamic_update_slice_in_dim(buffer_GKM, mixed, first, axis=2)
 
 
-def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B: Array | None = None) -> Cache:
+def append(
+    cache: Cache | Pages, keys: Sequence[Array], values: Sequence[Array], count_B: Array | None = None
+) -> Cache | Pages:
     """The cache with more tokens behind those it holds.
 
     Args:
         cache: donate it in a jitted caller and it is written in place.
-        keys, values: one [B, G, K, T] array a layer, T at most the capacity.
+        keys, values: one [B, G, K, T] array a layer, T at most the capacity, or that of the smallest page.
         count_B: int32, how many of the T tokens, from the first, each row takes. None: all.
 
     Returns:
@@ -96,21 +176,42 @@ def append(cache: Cache, keys: Sequence[Array], values: Sequence[Array], count_B
     Raises:
         ValueError: layers or lengths that do not fit.
     """
-    if len(keys) != len(cache.keys) or len(values) != len(cache.values):
+    pages = cache.pages if isinstance(cache, Pages) else (cache,)
+    layers = len(cache.keys), len(cache.values)
+    if (len(keys), len(values)) != layers:
         raise ValueError(
-            f"cache has {len(cache.keys)} layers; wanted as many keys and values, found {len(keys)}, {len(values)}"
+            f"cache has {layers[0]} layers; wanted as many keys and values, found {len(keys)}, {len(values)}"
         )
     if not keys:
         return cache
-    T = keys[0].shape[3]
-    if T > cache.capacity:
-        raise ValueError(f"{T} tokens do not fit a cache of capacity {cache.capacity}")
-    if count_B is None:
-        count_B = jnp.full_like(cache.length_B, T)
+    T, room = keys[0].shape[3], min(page.capacity for page in pages)
+    if T > room:
+        raise ValueError(f"{T} tokens do not fit a cache of capacity {room}")
+    length_B = cache.length_B
+    count_B = jnp.full_like(length_B, T) if count_B is None else count_B
+    out, first = [], 0
+    for page in pages:
+        start_B, end_B = length_B - first, jnp.clip(length_B + count_B - first, 0, page.capacity)
+        write = functools.partial(_write_page, keys, values, start_B, count_B)
+        buffers = page.keys, page.values
+        if len(pages) > 1:
+            buffers = jax.lax.cond(jnp.any(end_B > page.length_B), write, lambda buffers: buffers, buffers)
+        else:
+            buffers = write(buffers)
+        out.append(Cache(*buffers, end_B))
+        first += page.capacity
+    return Pages(tuple(out)) if isinstance(cache, Pages) else out[0]
+
+
+def _write_page(
+    keys: Sequence[Array], values: Sequence[Array], start_B: Array, count_B: Array, buffers: tuple
+) -> tuple:
+    """(keys, values) of a cache with each row's first `count_B` new ones from slot `start_B` on."""
     write = jax.vmap(_write)
-    each = lambda buffers, news: tuple(write(b, n, cache.length_B, count_B) for b, n in zip(buffers, news, strict=True))
-    length_B = jnp.minimum(cache.length_B + count_B, cache.capacity)
-    return Cache(each(cache.keys, keys), each(cache.values, values), length_B)
+    return tuple(
+        tuple(write(buffer, new, start_B, count_B) for buffer, new in zip(old, news, strict=True))
+        for old, news in zip(buffers, (keys, values), strict=True)
+    )
 
 
 def evict_oldest(cache: Cache, count_B: Array) -> Cache:
@@ -141,8 +242,8 @@ class Reading:
     Attributes:
         kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
         k: slots a query retrieves, for "topk".
-        score_bytes: bytes of scores held at a time (None: 256 MiB, or 2 MiB for more than one query on a CPU); longer
-            queries and memories are streamed in blocks.
+        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 8
+            MiB for "topk"); longer queries and memories are streamed in blocks.
     """
 
     kind: str = "dense"
@@ -162,21 +263,35 @@ DENSE = Reading()
 
 
 def read(
-    reading: Reading, q_BHTK: Array, k_BGKM: Array, v_BGKM: Array, length_B: Array, *, scale: float
+    reading: Reading,
+    q_BHTK: Array,
+    k_BGKM: Array | tuple[Array, ...],
+    v_BGKM: Array | tuple[Array, ...],
+    length_B: Array,
+    *,
+    scale: float,
 ) -> attention.Partial:
-    """Attention over memory as a partial, to be merged with the local window's."""
+    """Attention over memory, an array or its pages, as a partial, to be merged with the local window's."""
     arrays = q_BHTK, k_BGKM, v_BGKM, length_B
     if reading.k is None:
         return dense(*arrays, scale=scale, score_bytes=reading.score_bytes)
     return topk(*arrays, k=reading.k, scale=scale, score_bytes=reading.score_bytes)[0]
 
 
-def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None) -> tuple[int, int]:
+def _pages(x: Array | tuple[Array, ...]) -> tuple[Array, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int | None = None) -> tuple[int, int]:
     """Sizes of query and key blocks for which `rows` x queries x slots float32 scores stay within the budget.
 
     Key blocks get no smaller than 256 slots, or matrix products would be; queries are split instead, down to one.
     """
     many = queries > 1
+    if score_bytes is None and k is not None and many and jax.default_backend() == "cpu":
+        # Selection is dear, and cheaper of one large block than of many small ones.
+        slot_block = min(slots, power_of_two(max(4096, 128 * k)))
+        return max(1, min(queries, 2**23 // (4 * rows * slot_block))), slot_block
     if score_bytes is None:
         # Of many queries a CPU's scores should stay in its cache; elsewhere large products and few steps count. A
         # single query has fewer scores than its keys have bytes, and a block of keys would be copied to be read.
@@ -197,61 +312,128 @@ def _over_query_blocks(read_block: Callable[[Array], Any], q_BHTK: Array, size: 
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *x.shape[4:])[:, :, :T], out)
 
 
-def _slot_blocks(length_B: Array, slots: int, size: int) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """How many blocks of `size` slots are filled in any row, and for block i its first slot and which of its slots
-    count, [B, size].
+# Takes what came of the slots so far, or None where this is all; a block of every array of a page; the number of its
+# first slot; and which of its slots count, [B, size], or None where all do.
+_Step = Callable[[Any, tuple[Array, ...], Array | int, Array | None], Any]
 
-    The last block is moved back to end with the memory; slots it shares with the one before do not count twice.
+
+def _over_slots(step: _Step, carry: Any, pages: Sequence[tuple[Array, ...]], length_B: Array, size: int) -> Any:
+    """`carry` after `step` over all filled slots, in blocks of at most `size`: for many queries.
+
+    Args:
+        pages: arrays [B, G, K, P] that are read together, for each page.
+        length_B: slots filled in all pages together.
     """
-    n = -(-jnp.max(length_B) // size)
+    start = 0
+    for arrays in pages:
+        slots = arrays[0].shape[3]
+        filled_B = jnp.clip(length_B - start, 0, slots)
 
-    def block(i: Array) -> tuple[Array, Array]:
+        def whole(carry: Any, arrays=arrays, start=start, slots=slots, filled_B=filled_B) -> Any:
+            return step(carry, arrays, start, jnp.arange(slots)[None, :] < filled_B[:, None])
+
+        if size < slots:
+            carry = _over_blocks(step, carry, arrays, start, filled_B, size)
+        else:
+            carry = jax.lax.cond(jnp.max(filled_B) > 0, whole, lambda carry: carry, carry)
+        start += slots
+    return carry
+
+
+def _each_page(
+    step: _Step, nothing: Callable[[int], Any], pages: Sequence[tuple[Array, ...]], length_B: Array, size: int
+) -> list[Any]:
+    """What `step` makes of each page: for a single query, which reads a page where it lies unless little of it is
+    filled. Slots are numbered within the page.
+
+    Args:
+        nothing: what comes of an empty page of so many slots.
+        pages, length_B, size: as for `_over_slots`.
+    """
+    out, start = [], 0
+    for arrays in pages:
+        slots = arrays[0].shape[3]
+        filled_B = jnp.clip(length_B - start, 0, slots)
+        fill = jnp.max(filled_B)
+
+        def whole(arrays=arrays, slots=slots, filled_B=filled_B) -> Any:
+            return step(None, arrays, 0, jnp.arange(slots)[None, :] < filled_B[:, None])
+
+        def blocks(size: int, arrays=arrays, slots=slots, filled_B=filled_B) -> Any:
+            return _over_blocks(step, nothing(slots), arrays, 0, filled_B, size)
+
+        empty = functools.partial(nothing, slots)
+        if size < slots:
+            out.append(blocks(size))
+        elif slots <= 2 * COPIED_BLOCK:
+            out.append(jax.lax.cond(fill > 0, whole, empty))
+        else:  # a block costs twice its bytes: it is copied before it is read
+            ways = [empty, functools.partial(blocks, COPIED_BLOCK), whole]
+            out.append(jax.lax.switch((fill > 0).astype(int) + (fill > slots // 2), ways))
+        start += slots
+    return out
+
+
+def _over_blocks(step: _Step, carry: Any, arrays: tuple[Array, ...], start: int, filled_B: Array, size: int) -> Any:
+    """`carry` after `step` over one page, whose first slot is number `start`, in blocks; those that no row fills are
+    left out.
+
+    The last block is moved back to end with the page; slots it shares with the one before do not count twice.
+    """
+    slots = arrays[0].shape[3]
+
+    def one(whole: bool, i: Array, carry: Any) -> Any:
         first = jnp.minimum(i * size, slots - size)
         slot = first + jnp.arange(size)
-        return first, (slot >= i * size)[None, :] & (slot[None, :] < length_B[:, None])
+        counts = None if whole else (slot >= i * size)[None, :] & (slot[None, :] < filled_B[:, None])
+        block = tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=3) for x in arrays)
+        return step(carry, block, start + first, counts)
 
-    return n, block
+    n_whole, n = jnp.min(filled_B) // size, -(-jnp.max(filled_B) // size)  # filled in every row: no mask
+    carry = jax.lax.fori_loop(0, n_whole, functools.partial(one, True), carry)
+    return jax.lax.fori_loop(n_whole, n, functools.partial(one, False), carry)
 
 
 def dense(
-    q_BHTK: Array, k_BGKM: Array, v_BGKM: Array, length_B: Array, *, scale: float, score_bytes: int | None = None
+    q_BHTK: Array,
+    k_BGKM: Array | tuple[Array, ...],
+    v_BGKM: Array | tuple[Array, ...],
+    length_B: Array,
+    *,
+    scale: float,
+    score_bytes: int | None = None,
 ) -> attention.Partial:
-    """Attention over all filled slots, streamed over blocks of slots and of queries.
+    """Attention over all filled slots, streamed over pages, blocks of slots and blocks of queries.
 
-    Blocks that no row fills are not read; a single query on a memory whose scores fit `score_bytes` is one block.
-    Derivatives in reverse mode exist where the memory is one block; forward mode always works.
+    Pages and blocks that no row fills are not read. Derivatives in reverse mode exist where memory is one block and
+    queries are several; forward mode always works.
 
     Args:
         q_BHTK: queries, rotated by their position in the window.
-        k_BGKM, v_BGKM: memory, any dtype; finite numbers beyond the fill too, as caches have.
+        k_BGKM, v_BGKM: memory, an array or its pages, any dtype; finite numbers beyond the fill too, as caches have.
         length_B: int32, filled slots of each row.
         scale: what scores are multiplied by.
-        score_bytes: bytes of scores held at a time; None: 256 MiB, or 2 MiB for more than one query on a CPU.
+        score_bytes: bytes of scores held at a time; None: see `Reading`.
 
     Returns:
         The partial; zero and -inf for a row whose memory is empty.
     """
     B, H, T, _ = q_BHTK.shape
-    M = k_BGKM.shape[3]
-    if not M:
-        return attention.Partial(jnp.zeros(q_BHTK.shape, jnp.float32), jnp.full((B, H, T), -jnp.inf))
-    query_block, slot_block = _blocks(T, M, B * H, score_bytes)
-    n_blocks, block = _slot_blocks(length_B, M, slot_block)
+    pages = [page for page in zip(_pages(k_BGKM), _pages(v_BGKM), strict=True) if page[0].shape[3]]
+    query_block, slot_block = _blocks(T, max([1, *(k.shape[3] for k, _ in pages)]), B * H, score_bytes)
 
     def read_block(q: Array) -> attention.Partial:
-        def step(whole: bool, i: Array, so_far: attention.Partial) -> attention.Partial:
-            first, counts = block(i)
-            k, v = (jax.lax.dynamic_slice_in_dim(x, first, slot_block, axis=3) for x in (k_BGKM, v_BGKM))
-            visible = None if whole else counts[:, None, :]
-            return attention.merge(so_far, attention.attend(q, k, v, visible, scale=scale, slots_last=True))
+        def step(
+            so_far: attention.Partial | None, arrays: tuple, first: Array | int, counts: Array | None
+        ) -> attention.Partial:
+            visible = None if counts is None else counts[:, None, :]
+            partial = attention.attend(q, *arrays, visible, scale=scale, slots_last=True)
+            return partial if so_far is None else attention.merge(so_far, partial)
 
-        if slot_block == M:
-            visible = (jnp.arange(M)[None, :] < length_B[:, None])[:, None, :]
-            return attention.attend(q, k_BGKM, v_BGKM, visible, scale=scale, slots_last=True)
         nothing = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
-        n_whole = jnp.min(length_B) // slot_block  # filled in every row: no mask
-        so_far = jax.lax.fori_loop(0, n_whole, functools.partial(step, True), nothing)
-        return jax.lax.fori_loop(n_whole, n_blocks, functools.partial(step, False), so_far)
+        if T == 1 and pages:
+            return attention.merge(*_each_page(step, lambda slots: nothing, pages, length_B, slot_block))
+        return _over_slots(step, nothing, pages, length_B, slot_block)
 
     return _over_query_blocks(read_block, q_BHTK, query_block)
 
@@ -283,8 +465,8 @@ def _best(s: Array, k: int) -> tuple[Array, Array]:
 
 def topk(
     q_BHTK: Array,
-    k_BGKM: Array,
-    v_BGKM: Array,
+    k_BGKM: Array | tuple[Array, ...],
+    v_BGKM: Array | tuple[Array, ...],
     length_B: Array,
     *,
     k: int,
@@ -294,9 +476,9 @@ def topk(
     """Attention of each query of each head over its k best filled slots by inner product, exactly (arXiv 2307.03170,
     section 3.1).
 
-    Blocks of slots are scored one after another, with the k best so far carried along, so that no more scores than
-    `score_bytes` are held. Selection is by the unscaled inner product, ties go to the lowest slot. Derivatives exist in
-    forward mode only.
+    Pages and blocks of slots are scored one after another, with the k best so far carried along, so that no more scores
+    than `score_bytes` are held. Selection is by the unscaled inner product, ties go to the lowest slot. Derivatives
+    exist in forward mode only.
 
     Args:
         q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes: as for `dense`.
@@ -304,59 +486,81 @@ def topk(
 
     Returns:
         The partial; slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32,
-        unscaled,
-        -inf there.
+        unscaled, -inf there.
     """
     B, H, T, K = q_BHTK.shape
-    G, M = k_BGKM.shape[1], k_BGKM.shape[3]
+    keys, values = _pages(k_BGKM), _pages(v_BGKM)
+    G, M = keys[0].shape[1], sum(x.shape[3] for x in keys)
     N = min(k, M)
-    query_block, slot_block = _blocks(T, max(M, 1), B * H, score_bytes)
-    # Retrieved values are [B, H, T, N, K] before they are averaged: they count towards the budget too.
-    query_block = max(1, min(query_block, (score_bytes or 64 * 2**20) // (4 * B * H * max(N, 1) * K)))
-    n_blocks, block = _slot_blocks(length_B, M, slot_block)
-
-    v_BGMK = jnp.swapaxes(v_BGKM, 2, 3)
-
-    def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
-        q_BGQK = attention.grouped(q, G)
-        shape = (*q_BGQK.shape[:3], N)
-
-        def step(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
-            first, counts = block(i)
-            keys = k_BGKM if slot_block == M else jax.lax.dynamic_slice_in_dim(k_BGKM, first, slot_block, axis=3)
-            s = attention.scores(q_BGQK, keys, slots_last=True)
-            s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
-            s = jnp.where(counts[:, None, None, :], s, -jnp.inf)
-            best, index = _best(s, min(N, slot_block))
-            # So far comes first: among equals the earlier, lower slot wins.
-            joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], first + index], axis=-1)
-            values, chosen = _top_k(joined[0], N)
-            return values, jnp.take_along_axis(joined[1], chosen, axis=-1)
-
-        nothing = jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
-        s, slots = jax.lax.fori_loop(0, n_blocks, step, nothing)
-        filled = s > -jnp.inf
-        top = jnp.max(s * scale, axis=-1, keepdims=True, initial=-jnp.inf)
-        p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
-        total = jnp.sum(p, axis=-1, keepdims=True)
-        slots = jnp.maximum(slots, 0)
-        if slots.shape[2] * N < M:  # a few columns of values
-            v_BGKQN = jax.vmap(jax.vmap(lambda v_KM, slots_QN: v_KM[:, slots_QN]))(v_BGKM, slots)
-            v_BGQNK = jnp.moveaxis(v_BGKQN, 2, 4)
-        else:  # so many that the values are turned round first, once for all blocks of queries
-            v_BGQNK = jax.vmap(jax.vmap(lambda v_MK, slots_QN: v_MK[slots_QN]))(v_BGMK, slots)
-        weights = jnp.where(filled, p / jnp.where(total == 0.0, 1.0, total), 0.0)
-        dtype = jnp.promote_types(q.dtype, v_BGKM.dtype)
-        o = jnp.einsum(
-            "bgqn,bgqnk->bgqk", weights.astype(dtype), v_BGQNK.astype(dtype), preferred_element_type=jnp.float32
-        )
-        lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(jnp.where(total == 0.0, 1.0, total)))
-        heads = lambda x: x.reshape(B, H, q.shape[2], *x.shape[3:])
-        return attention.Partial(heads(o), heads(lse[..., 0])), heads(jnp.where(filled, slots, -1)), heads(s)
-
     if not N:
         nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
         return (dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale), *nothing)
+    largest = max(x.shape[3] for x in keys)
+    query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
+    # Retrieved values are [B, H, T, N, K] before they are averaged: they count towards the budget too.
+    query_block = max(1, min(query_block, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
+    turned = tuple(jnp.swapaxes(v, 2, 3) for v in values)
+
+    def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
+        q_BGQK = attention.grouped(q, G)
+
+        def scores(keys: Array, counts: Array | None, others: Array | float) -> Array:
+            s = attention.scores(q_BGQK, keys, slots_last=True)
+            s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
+            return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
+
+        def write(page_s: Array | None, arrays: tuple, first: Array | int, counts: Array | None) -> Array:
+            if page_s is None:
+                return scores(arrays[0], counts, -jnp.inf)
+            old = jax.lax.dynamic_slice_in_dim(page_s, first, arrays[0].shape[3], axis=3)
+            return jax.lax.dynamic_update_slice_in_dim(page_s, scores(arrays[0], counts, old), first, axis=3)
+
+        def select(
+            so_far: tuple[Array, Array], arrays: tuple, first: Array, counts: Array | None
+        ) -> tuple[Array, Array]:
+            s = scores(arrays[0], counts, -jnp.inf)
+            best, index = _best(s, min(N, s.shape[-1]))
+            # So far comes first: among equals the earlier, lower slot wins.
+            joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], first + index], axis=-1)
+            top, chosen = _top_k(joined[0], N)
+            return top, jnp.take_along_axis(joined[1], chosen, axis=-1)
+
+        nothing = lambda n: jnp.full((*q_BGQK.shape[:3], n), -jnp.inf)
+        if T == 1 and slot_block == largest:  # scores are few: one selection for all pages
+            each_s = _each_page(write, nothing, [(x,) for x in keys], length_B, slot_block)
+            s, slots = _best(jnp.concatenate(each_s, axis=3), N)
+        else:
+            carry = nothing(N), jnp.full((*q_BGQK.shape[:3], N), -1, jnp.int32)
+            s, slots = _over_slots(select, carry, [(x,) for x in keys], length_B, slot_block)
+        filled = s > -jnp.inf
+        top = jnp.max(s * scale, axis=-1, keepdims=True)
+        p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        safe = jnp.where(total == 0.0, 1.0, total)
+        weights = jnp.where(filled, p / safe, 0.0)
+        dtype = jnp.promote_types(q.dtype, values[0].dtype)
+        o, start = jnp.zeros(q_BGQK.shape, jnp.float32), 0
+        for v_BGKP, v_BGPK in zip(values, turned, strict=True):
+            size = v_BGKP.shape[3]
+            here = filled & (slots >= start) & (slots < start + size)
+
+            def add(o: Array, v_BGKP=v_BGKP, v_BGPK=v_BGPK, here=here, start=start, size=size) -> Array:
+                index = jnp.where(here, slots - start, 0)
+                if index.shape[2] * N < size:  # a few columns of values
+                    v_BGKQN = jax.vmap(jax.vmap(lambda v_KM, slots_QN: v_KM[:, slots_QN]))(v_BGKP, index)
+                    v_BGQNK = jnp.moveaxis(v_BGKQN, 2, 4)
+                else:  # so many that the values are turned round first, once for all blocks of queries
+                    v_BGQNK = jax.vmap(jax.vmap(lambda v_MK, slots_QN: v_MK[slots_QN]))(v_BGPK, index)
+                mine = jnp.where(here, weights, 0.0).astype(dtype)
+                sums = dict(preferred_element_type=jnp.float32)
+                return o + jnp.einsum("bgqn,bgqnk->bgqk", mine, v_BGQNK.astype(dtype), **sums)
+
+            o = jax.lax.cond(jnp.any(here), add, lambda o: o, o)
+            start += size
+        lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
+        heads = lambda x: x.reshape(B, H, q.shape[2], *x.shape[3:])
+        return attention.Partial(heads(o), heads(lse[..., 0])), heads(jnp.where(filled, slots, -1)), heads(s)
+
     partial, slots, s = _over_query_blocks(read_block, q_BHTK, query_block)
     widen = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, k - N)), constant_values=fill)
     return partial, widen(slots, -1), widen(s, -jnp.inf)
@@ -381,8 +585,8 @@ def topk_attention(
         k: slots to retrieve, at least 1; may exceed what is filled.
         scale: what inner products are multiplied by in the softmax; K ** -0.5 by default. Selection is by the inner
             products themselves; ties go to the lowest slot, as in `jax.lax.top_k`.
-        score_bytes: bytes of scores held at a time (None: 256 MiB, or 2 MiB for more than one query on a CPU); beyond,
-            queries and slots are streamed in blocks.
+        score_bytes: bytes of scores held at a time (None: see `Reading`); beyond, queries and slots are streamed in
+            blocks.
 
     Returns:
         o_BTHK float32, softmax average of the retrieved values, zero where nothing is filled;

@@ -335,7 +335,7 @@ def read_window(
     params: Params,
     tokens_BT: Array,
     *,
-    mem: memory.Cache,
+    mem: memory.Cache | memory.Pages,
     valid_BT: Array | None = None,
     reading: memory.Reading = memory.DENSE,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
@@ -369,9 +369,10 @@ def extend_window(
     params: Params,
     tokens_BT: Array,
     *,
-    mem: memory.Cache,
+    mem: memory.Cache | memory.Pages,
     local: memory.Cache,
     rotated: tuple[Array, ...] | None = None,
+    count_B: Array | None = None,
     reading: memory.Reading = memory.DENSE,
     blocks: list[Params] | None = None,
 ) -> tuple[Array, memory.Cache, tuple[Array, ...]]:
@@ -382,6 +383,7 @@ def extend_window(
         mem: memory, one layer for each of `config.mem_layers`; only read.
         local: the open window so far, one layer for each of the model's; written in place where it is donated.
         rotated: `rotated_keys(config, local)`, kept where a loop over tokens should not rotate all of them each time.
+        count_B: int32, how many of the T tokens, from the first, each row takes. None: all.
         reading: how memory is read.
         blocks: `layers(config, params)`, taken apart before where a loop over tokens should not do it each time.
 
@@ -406,8 +408,8 @@ def extend_window(
     zero_B = jnp.minimum(jnp.argmax(hidden_BTD[:, 0], axis=-1), 0).astype(jnp.int32)
     local = dataclasses.replace(local, length_B=local.length_B + zero_B)
     new = [_turn(config, layer)(k_BGKT, angles, slots_last=True) for layer, k_BGKT in enumerate(keys)]
-    rotated = memory.append(memory.Cache(rotated, (), local.length_B), new, ()).keys
-    return hidden_BTD, memory.append(local, keys, values), rotated
+    rotated = memory.append(memory.Cache(rotated, (), local.length_B), new, (), count_B).keys
+    return hidden_BTD, memory.append(local, keys, values, count_B), rotated
 
 
 def rotated_keys(config: ModelConfig, local: memory.Cache) -> tuple[Array, ...]:
@@ -430,7 +432,7 @@ def _inference_layers(
     blocks: list[Params],
     tokens_BT: Array,
     attend: Callable[..., tuple[Array, attention.Partial]],
-    mem: memory.Cache,
+    mem: memory.Cache | memory.Pages,
     reading: memory.Reading,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """Embedding, layers and last norm: hidden [B, T, D]; un-rotated keys and values, [B, G, K, T] for each layer.

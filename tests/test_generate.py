@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import sys
+
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +12,11 @@ import pytest
 
 import fot_jax
 from fot_jax.config import DtypePolicy, ModelConfig
-from fot_jax.generate import decode, prefill
+from fot_jax.generate import decode, extend, memory_tokens, new_reader, prefill
+from fot_jax.generate import sampling as samplings
+from fot_jax.generate.sampling import Sampling
+from fot_jax.generate.saved import SavedMemoryError, load_reader, save_reader
+from fot_jax.generate.text import TextStream
 
 CONFIG = ModelConfig(
     vocab_size=61,
@@ -112,7 +120,7 @@ def test_decoding_goes_on_from_what_was_read_with_the_logits_of_one_pass(changes
     memory, piece = "topk" if k else "dense", 7
     reader = prefill(config, params, tokens_BT, c, mask_BT, memory=memory, k=k, room=N)
     out = []
-    options = dict(max_new_tokens=piece, sample=True, spill=spill, reading=fot_jax.memory.Reading(memory, k))
+    options = dict(max_new_tokens=piece, spill=spill, reading=fot_jax.memory.Reading(memory, k))
     for step in range(4):
         lengths = [len(row) + piece * step for row in ROWS]
         if config.mem_layers:
@@ -122,7 +130,7 @@ def test_decoding_goes_on_from_what_was_read_with_the_logits_of_one_pass(changes
             wanted = reference_logits(config, params, tokens, len(row), c, spill, k)[-1]
             np.testing.assert_allclose(reader.logits_BV[b], wanted, atol=1e-3)
         if step < 3:
-            new, reader = decode(config, params, reader, jnp.float32(2), jax.random.key(step), **options)
+            new, reader = decode(config, params, reader, Sampling(2.0), jax.random.key(step), **options)
             out.append(np.asarray(new))
 
 
@@ -249,6 +257,291 @@ def test_later_tokens_change_no_earlier_logits_in_topk_memory():
     assert np.abs(logits[1, 16:] - logits[0, 16:]).max() > 1e-3  # and is remembered
 
 
+# What a program depends on.
+
+
+def test_inputs_of_many_lengths_share_one_program_of_each_kind():
+    module = sys.modules["fot_jax.generate"]
+    sizes = lambda: [f._cache_size() for f in (module._prefill_in_place, module._extend, module._decode)]
+    config = SMALL.replace(vocab_size=12)  # no other test's
+    params = reference.random_params(config)
+
+    def run(length, new, **options):
+        fot_jax.generate(config, params, np.ones((1, length), np.int32), new, key=jax.random.key(0), **options)
+
+    before = sizes()
+    run(9, 3)
+    assert [after - n for after, n in zip(sizes(), before, strict=True)] == [1, 1, 1]
+    before = sizes()
+    for length, new in ((100, 5), (1234, 100), (2, 1)):
+        run(length, new)
+    assert sizes() == before
+    run(9, 3, temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.1)
+    before = sizes()
+    run(31, 7, temperature=1, top_k=2, top_p=0.2, repetition_penalty=2)
+    assert sizes() == before
+
+
+@hypothesis.given(rows=st.integers(1, 9), needed=st.integers(1, 10**7), window=st.integers(1, 4096))
+def test_memory_comes_in_powers_of_two_of_windows(rows, needed, window):
+    config = fot_jax.named("longllama_3b").replace(window=window)
+    tokens = memory_tokens(config, rows, needed)
+    assert tokens >= needed and tokens % window == 0 and (tokens // window).bit_count() == 1
+    # As little as that, unless it is small or needed.
+    bytes_ = tokens * rows * fot_jax.memory.token_bytes(config)
+    assert tokens < 2 * needed + window or bytes_ <= 2**30
+    assert tokens >= 8 * window or bytes_ > 2**29
+
+
+# Reading on.
+
+
+@pytest.mark.parametrize("spill", ["block", "sliding"])
+def test_reading_on_is_as_if_the_tokens_had_been_generated(spill):
+    options = dict(spill=spill, memory="topk", k=3)
+    more = prompts([21, 0, 5, 12], seed=12)
+    tokens_BT, mask_BT = padded(ROWS)
+    start = lambda: prefill(CONFIG, PARAMS, tokens_BT, None, mask_BT, "topk", 3, memory_capacity=64)
+    at_once = extend(CONFIG, PARAMS, start(), *padded(more), **options)
+    one_by_one = start()
+    for t in range(21):
+        now = [row[t : t + 1] for row in more]
+        one_by_one = extend(CONFIG, PARAMS, one_by_one, *padded(now), **options)
+    for name in ("length_B", "seen_BV", "ended_B"):
+        np.testing.assert_array_equal(getattr(at_once, name), getattr(one_by_one, name))
+    for b, (row, new) in enumerate(zip(ROWS, more, strict=True)):
+        tokens = np.concatenate([row, new])
+        assert at_once.length_B[b] == at_once.mem.length_B[b] + at_once.local.length_B[b] == len(tokens)
+        assert at_once.local.length_B[b] == one_by_one.local.length_B[b]
+        assert set(np.flatnonzero(at_once.seen_BV[b])) == set(tokens)
+        wanted = reference_logits(CONFIG, PARAMS, tokens, len(row), CONFIG.last_context_length, spill, 3)[-1]
+        np.testing.assert_allclose(at_once.logits_BV[b], wanted, atol=1e-3)
+        np.testing.assert_allclose(one_by_one.logits_BV[b], wanted, atol=1e-3)
+
+
+def test_reading_on_without_room_or_with_other_rows_is_refused():
+    reader = new_reader(CONFIG, 2, 16)
+    with pytest.raises(ValueError, match="17 new tokens need a memory of 17 slots; it has 16"):
+        extend(CONFIG, None, reader, np.ones((2, 17), np.int32))
+    with pytest.raises(ValueError, match="tokens have 1 rows; wanted the reader's 2"):
+        extend(CONFIG, None, reader, np.ones((1, 3), np.int32))
+
+
+def test_decoding_in_parts_draws_what_decoding_at_once_does():
+    config = SMALL.replace(eos_id=4)
+    sampling, key = Sampling(1.5, top_k=9, top_p=0.95, repetition_penalty=1.2), jax.random.key(5)
+    tokens_BT, mask_BT = SMALL_PROMPTS
+    start = lambda: prefill(config, SMALL_PARAMS, tokens_BT, None, mask_BT, room=20)
+    at_once, last = decode(config, SMALL_PARAMS, start(), sampling, key, max_new_tokens=20)
+    reader, parts = start(), []
+    for n in (1, 12, 7):
+        new, reader = decode(config, SMALL_PARAMS, reader, sampling, key, max_new_tokens=n)
+        parts.append(new)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), at_once)
+    np.testing.assert_array_equal(reader.length_B, last.length_B)
+    np.testing.assert_array_equal(reader.logits_BV, last.logits_BV)
+    # Padding after the eos is not read.
+    new_B = [list(row).index(4) + 1 if 4 in row else 20 for row in np.asarray(at_once)]
+    np.testing.assert_array_equal(last.length_B, mask_BT.sum(1) + new_B)
+
+
+def test_a_row_draws_by_its_own_key():
+    tokens_BT, mask_BT = SMALL_PROMPTS
+    key_B = jax.random.split(jax.random.key(1), 2)
+    options = dict(temperature=2.0, top_p=0.9)
+    both = generate_small(key=key_B, **options)
+    swapped = fot_jax.generate(
+        SMALL, SMALL_PARAMS, tokens_BT[::-1], 20, attention_mask=mask_BT[::-1], key=key_B[::-1], **options
+    )
+    np.testing.assert_array_equal(swapped, both[::-1])
+    first = generate_small(key=jax.random.key(3), **options)
+    others = np.roll(tokens_BT, 1, axis=1)
+    others[0] = tokens_BT[0]
+    again = fot_jax.generate(SMALL, SMALL_PARAMS, others, 20, attention_mask=mask_BT, key=jax.random.key(3), **options)
+    np.testing.assert_array_equal(again[0], first[0])
+    with pytest.raises(ValueError, match=r"key has shape \(3,\); wanted one key, or one for each of 2 rows"):
+        generate_small(key=jax.random.split(jax.random.key(0), 3), **options)
+
+
+# How a token is chosen.
+
+
+def reference_filter(scores, seen, sampling):
+    """float64 probabilities of the next token, from the definitions."""
+    scores = np.asarray(scores, np.float64)
+    penalised = np.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
+    p = reference.softmax(np.where(seen, penalised, scores) / sampling.temperature)
+    order = np.argsort(-p, kind="stable")
+    if sampling.top_k:
+        p[order[sampling.top_k :]] = 0
+    p /= p.sum()
+    before = np.concatenate([[0], np.cumsum(p[order])[:-1]])
+    p[order[(before >= sampling.top_p) & (np.arange(len(p)) > 0)]] = 0
+    return p / p.sum()
+
+
+def found_probabilities(scores_BV, seen_BV, sampling):
+    scores_BV = samplings.penalise(jnp.asarray(scores_BV), jnp.asarray(seen_BV), sampling.values.repetition_penalty)
+    return np.asarray(jax.nn.softmax(samplings.filtered(scores_BV, sampling.values, sampling.steps), axis=-1))
+
+
+SAMPLINGS = [
+    Sampling(0.7),
+    Sampling(1.3, top_k=5),
+    Sampling(0.9, top_p=0.8),
+    Sampling(2.0, top_k=30, top_p=0.5, repetition_penalty=1.4),
+    Sampling(1.0, top_k=1, repetition_penalty=0.5),
+    Sampling(1.0, top_k=10**6, top_p=1e-6),
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_filters_are_their_definitions(sampling):
+    rng = np.random.default_rng(0)
+    scores_BV, seen_BV = rng.normal(0, 2, (5, 50)).astype(np.float32), rng.random((5, 50)) < 0.3
+    found = found_probabilities(scores_BV, seen_BV, sampling)
+    wanted = [reference_filter(*row, sampling) for row in zip(scores_BV, seen_BV, strict=True)]
+    np.testing.assert_array_equal(found > 0, np.array(wanted) > 0)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_filters_are_those_of_transformers(sampling):
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    rng = np.random.default_rng(1)
+    scores_BV, prompt_BT = rng.normal(0, 2, (5, 50)).astype(np.float32), rng.integers(0, 50, (5, 12))
+    chain = [process.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty))]
+    chain += [process.TemperatureLogitsWarper(float(sampling.temperature))]
+    chain += [process.TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    chain += [process.TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    wanted = torch.tensor(scores_BV)
+    for processor in chain:
+        wanted = processor(torch.tensor(prompt_BT), wanted)
+    seen_BV = np.zeros(scores_BV.shape, bool)
+    np.put_along_axis(seen_BV, prompt_BT, True, axis=1)
+    found = found_probabilities(scores_BV, seen_BV, sampling)
+    np.testing.assert_allclose(found, torch.softmax(wanted, -1).numpy(), atol=1e-6)
+
+
+def test_the_repetition_penalty_counts_the_prompt_and_not_its_padding():
+    # So strong that no token comes twice before all have come.
+    tokens_BT, mask_BT = padded([np.array([1, 2, 3, 4, 5]), np.array([6, 7])], vocab=13)
+    options = dict(attention_mask=mask_BT, repetition_penalty=1e6)
+    found = np.asarray(fot_jax.generate(SMALL, SMALL_PARAMS, tokens_BT, 20, **options))
+    # Scores above zero become nearly 0, those below far less; what was seen wins only over lower scores.
+    logits = reference_logits(SMALL, SMALL_PARAMS, np.array([6, 7]), 2, SMALL.last_context_length)[-1]
+    penalised = np.where(np.isin(np.arange(13), [6, 7]), np.where(logits < 0, logits * 1e6, logits / 1e6), logits)
+    assert found[1, 0] == penalised.argmax()
+    assert len(set(found[1, :4]) | {6, 7}) >= 5
+
+
+# Saved and read again.
+
+
+@pytest.mark.parametrize("memory_dtype", ["float32", "bfloat16"])
+def test_a_saved_reader_goes_on_where_it_was(tmp_path, memory_dtype):
+    config = SMALL.replace(dtypes=DtypePolicy(memory=memory_dtype))
+    tokens_BT, mask_BT = SMALL_PROMPTS
+    start = lambda: prefill(config, SMALL_PARAMS, tokens_BT, None, mask_BT, room=20)
+    reader = start()
+    save_reader(tmp_path / "read", config, SMALL_PARAMS, reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["read"]
+    assert (tmp_path / "read").stat().st_size < 10_000  # what is filled, not what there is room for
+    loaded = load_reader(tmp_path / "read", config, SMALL_PARAMS, room=20)
+    assert jax.tree.structure(loaded) == jax.tree.structure(reader)
+    jax.tree.map(np.testing.assert_array_equal, loaded, reader)
+    assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(reader), strict=True))
+    sampling = Sampling(1.2, repetition_penalty=1.3)
+    options = dict(max_new_tokens=20)
+    wanted, _ = decode(config, SMALL_PARAMS, reader, sampling, jax.random.key(0), **options)
+    found, _ = decode(config, SMALL_PARAMS, loaded, sampling, jax.random.key(0), **options)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_one_saved_row_becomes_many(tmp_path):
+    reader = prefill(SMALL, SMALL_PARAMS, np.arange(12)[None], room=20)
+    save_reader(tmp_path / "read", SMALL, SMALL_PARAMS, reader)
+    loaded = load_reader(tmp_path / "read", SMALL, SMALL_PARAMS, rows=3, memory_capacity=24)
+    np.testing.assert_array_equal(loaded.length_B, [12] * 3)
+    np.testing.assert_array_equal(loaded.logits_BV, np.tile(reader.logits_BV, (3, 1)))
+    assert loaded.mem.capacity == 24
+
+
+def test_files_that_are_no_saved_memory_of_this_model(tmp_path):
+    path = tmp_path / "read"
+    reader = prefill(SMALL, SMALL_PARAMS, *SMALL_PROMPTS[:1], attention_mask=SMALL_PROMPTS[1], room=20)
+    save_reader(path, SMALL, SMALL_PARAMS, reader)
+    whole = path.read_bytes()
+
+    def refused(message, config=SMALL, params=SMALL_PARAMS, error=SavedMemoryError, **options):
+        with pytest.raises(error, match=message):
+            load_reader(path, config, params, **options)
+
+    refused("another model: its rope_base is 10000.0, the model's 5.0", SMALL.replace(rope_base=5.0))
+    low = SMALL.replace(dtypes=DtypePolicy(memory="bfloat16"))
+    refused("its dtypes is .*'memory': 'float32'.*the model's .*'bfloat16'", low)
+    refused("its parameters is", params=jax.tree.map(lambda x: 2 * x, SMALL_PARAMS))
+    refused("it has 2 rows; wanted 3, or 1 to be copied", rows=3, error=ValueError)
+    refused(
+        "9 tokens and 50 new ones need a memory of 59 slots; memory_capacity is 24",
+        room=50,
+        memory_capacity=24,
+        error=ValueError,
+    )
+    path.write_bytes(whole[:-100])
+    refused("truncated, damaged or no safetensors file")
+    path.write_bytes(whole[:20])
+    refused("truncated, damaged or no safetensors file")
+    path.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
+    refused("its checksum is not that of its contents")
+    path.unlink()
+    refused("no such file", error=FileNotFoundError)
+
+
+# Text as it comes.
+
+
+class Utf8:
+    """Every byte a token; a stand-in for tokenizers with byte fallback."""
+
+    vocab_size = 256
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(
+    text=st.text(alphabet="ab€é🙂\n", max_size=60),
+    cuts=st.lists(st.integers(1, 7), min_size=1, max_size=12),
+    stop=st.lists(st.text(alphabet="ab€", min_size=1, max_size=4), max_size=2),
+    prompt=st.text(alphabet="aé🙂", max_size=5),
+)
+def test_text_comes_in_whole_characters_and_never_past_a_stop_string(text, cuts, stop, prompt):
+    stream = TextStream(Utf8(), list(prompt.encode()), stop)
+    ids, out, at, turn = list(text.encode()), [], 0, 0
+    wanted = min((text[: text.find(s)] for s in stop if s in text), key=len, default=text)
+    while at < len(ids):
+        size = cuts[turn % len(cuts)]
+        out.append(stream.push(ids[at : at + size] + [300]))  # a token beyond the tokenizer's has no text
+        at, turn = at + size, turn + 1
+        assert wanted.startswith("".join(out))  # no half characters, nothing of a stop string
+    out.append(stream.finish())
+    assert "".join(out) == wanted == stream.text
+    assert stream.stopped == (wanted != text)
+
+
+def test_text_does_not_wait_for_more_than_it_needs():
+    stream = TextStream(Utf8(), [], ["stop"])
+    assert stream.push(b"abst") == "ab"
+    assert stream.push(b"and") == "stand"
+    assert stream.push("🙂".encode()[:3]) == ""
+    assert stream.push("🙂".encode()[3:]) == "🙂"
+    assert stream.push(b"\xff\xff\xff\xff") == "\ufffd"  # no character has four unfinished bytes
+    assert stream.push(b"s") == "\ufffd" * 3 and stream.finish() == "s"
+
+
 # Input that does not fit; each is refused before anything is computed, so parameters are not looked at.
 
 ROW = np.ones((2, 4), np.int32)
@@ -289,6 +582,9 @@ def test_input_that_does_not_fit(call, tokens_BT, options, message):
         ({"max_new_tokens": 0}, "max_new_tokens is 0; wanted at least 1"),
         ({"temperature": -1.0, "key": 0}, "temperature is -1.0"),
         ({"temperature": 1.0}, "a key where it is above 0"),
+        ({"top_k": -1}, "top_k is -1; wanted a whole number"),
+        ({"top_p": 0.0}, "top_p is 0.0; wanted a number above 0"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
         ({"attention_mask": np.array([[1, 1, 0, 1], [0, 0, 0, 0]])}, "row 1 of the prompt has no token"),
         ({"memory_capacity": 0}, "memory_capacity is 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; wanted at least 1"),
@@ -304,6 +600,6 @@ def test_generation_that_cannot_be(options, message):
 
 def test_decoding_into_a_memory_without_room_is_refused():
     params = reference.random_params(CONFIG)
-    reader = prefill(CONFIG, params, np.ones((1, 6), np.int32), last_context_length=2)
+    reader = prefill(CONFIG, params, np.ones((1, 6), np.int32), last_context_length=2, memory_capacity=16)
     with pytest.raises(ValueError, match="need a memory of .* slots; it has"):
-        decode(CONFIG, params, reader, 1.0, jax.random.key(0), max_new_tokens=100)
+        decode(CONFIG, params, reader, max_new_tokens=100)

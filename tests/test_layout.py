@@ -17,8 +17,9 @@ PACKAGE = ROOT / "fot_jax"
 # A module may import modules of earlier lines only.
 ORDER = [
     {"config", "tokenizer", "sources", "host"},
-    {"sharding", "data", "formats", "attention", "checkpoint"},
-    {"memory", "crossbatch", "pretrained"},
+    {"sharding", "data", "attention", "checkpoint"},
+    {"formats", "memory", "crossbatch"},
+    {"pretrained"},
     {"model", "metrics"},
     {"generate", "run_config"},
     {"training"},

@@ -258,6 +258,87 @@ def test_readings_that_are_none(arguments, message):
         memory.Reading(*arguments)
 
 
+# Memory in pages.
+
+
+def in_pages(x_BGMK, sizes):
+    """Pages as `Pages.keys` has them for a layer."""
+    return tuple(cached(page) for page in np.split(x_BGMK, np.cumsum(sizes)[:-1], axis=2))
+
+
+# Pages of less than a block, of a few, and of so many that a single query reads some of them in blocks.
+PAGE_SIZES = [(40, 40, 20), (2600, 2600, 300)]
+
+
+@pytest.mark.parametrize("sizes", PAGE_SIZES, ids=str)
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("score_bytes", [1, None])
+def test_pages_are_read_as_one_array(sizes, T, score_bytes):
+    rng, M = np.random.default_rng(T), sum(sizes)
+    q, keys, values = arrays(rng, 3, T, 4, 2, 4, M, lambda shape: rng.integers(-2, 3, shape))
+    both = in_pages(keys, sizes), in_pages(values, sizes)
+    options = dict(scale=SCALE, score_bytes=score_bytes)
+    dense_read = jax.jit(lambda q, k, v, n: memory.dense(q, k, v, n, **options))
+    best_read = jax.jit(lambda q, k, v, n: memory.topk(q, k, v, n, k=6, **options))
+    for fill in ([0, 0, 0], [7, 0, sizes[0]], [sizes[0] + 1, 3, 0], [M - 1, sizes[0] // 4, M]):
+        length_B = np.array(fill, np.int32)
+        found = dense_read(q, *both, length_B)
+        seen = np.broadcast_to(np.arange(M) < length_B[:, None, None], (3, T, M))
+        o, lse = reference.attention(q, keys, values, seen, SCALE)
+        np.testing.assert_allclose(found.o_BHTK, o, atol=2e-5)
+        np.testing.assert_allclose(found.lse_BHT, np.where(length_B[:, None, None] > 0, lse, -np.inf), atol=2e-5)
+        best, slots, _ = best_read(q, *both, length_B)
+        want_slots, _, want_o, want_lse = brute_force(q, keys, values, length_B, 6, SCALE)
+        np.testing.assert_array_equal(slots, want_slots)
+        np.testing.assert_allclose(best.o_BHTK, want_o, atol=1e-4)
+        np.testing.assert_allclose(best.lse_BHT, want_lse, atol=1e-4)
+
+
+def test_pages_never_read_unfilled_slots():
+    rng, sizes = np.random.default_rng(0), (2600, 2600, 300)
+    q, keys, values = arrays(rng, 2, 1, 2, 1, 4, sum(sizes), rng.standard_normal)
+    length_B = np.array([2700, 5], np.int32)
+    others = [x.copy() for x in (keys, values)]
+    for x in others:
+        x[0, :, 2700:], x[1, :, 5:] = 1e4, -1e4
+    for k in (None, 9):
+        reading = memory.Reading("topk" if k else "dense", k)
+        read = jax.jit(lambda k, v, reading=reading: memory.read(reading, q, k, v, length_B, scale=SCALE))
+        first = read(in_pages(keys, sizes), in_pages(values, sizes))
+        second = read(*(in_pages(x, sizes) for x in others))
+        jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@hypothesis.settings(max_examples=20)
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=9))
+def test_pages_are_filled_one_after_another(counts):
+    # Pages of 4, 4, 8 and 4 slots; the last appends of the longest examples do not fit.
+    config = CONFIG.replace(head_size=2)
+    small = tuple(memory.init_memory(config, 3, size) for size in (4, 4, 8, 4))
+    paged, lists = memory.Pages(small), [[], [], []]
+    for step, count_B in enumerate(counts):
+        tokens_BT = 1 + 12 * step + np.arange(12).reshape(3, 4)
+        keys, values = zip(*(token_arrays(tokens_BT, layer) for layer in range(2)), strict=True)
+        paged = APPEND(paged, keys, values, np.array(count_B, np.int32))
+        for b in range(3):
+            lists[b] = (lists[b] + list(tokens_BT[b, : count_B[b]]))[:20]
+    together = lambda layers: tuple(np.concatenate(pages, axis=3) for pages in layers)
+    check(memory.Cache(together(paged.keys), together(paged.values), paged.length_B), lists)
+    assert paged.capacity == 20
+
+
+@hypothesis.given(rows=st.integers(1, 5), capacity=st.integers(0, 40_000), window=st.sampled_from([1, 7, 512]))
+def test_pages_have_room_for_a_window_and_double(rows, capacity, window):
+    config = CONFIG.replace(window=window, head_size=128, n_kv_heads=4)
+    paged = jax.eval_shape(lambda: memory.init_pages(config, rows, capacity))
+    sizes = [page.capacity for page in paged.pages]
+    assert sum(sizes) == paged.capacity == -(-capacity // window) * window
+    assert all(size % window == 0 and (size or not capacity) for size in sizes)
+    assert all(size == sum(sizes[:i]) for i, size in enumerate(sizes[:-1]) if i)
+    found = sum(x.size * x.dtype.itemsize for page in paged.pages for x in (*page.keys, *page.values))
+    assert found == paged.capacity * rows * memory.token_bytes(config)
+
+
 # Caches against lists of tokens.
 
 B, CAPACITY = 3, 13

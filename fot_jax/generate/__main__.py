@@ -1,0 +1,462 @@
+"""Generates text from a model.
+
+    fot-generate MODEL --prompt "Once upon a time" --max-new-tokens 100
+    fot-generate MODEL --prompt-file book.txt --max-new-tokens 0 --save-memory book.memory
+    fot-generate MODEL --load-memory book.memory --prompt "Who wrote the letter?" --temperature 0.8 --top-p 0.95
+
+(or python -m fot_jax.generate). MODEL is any checkpoint that `fot_jax.load_pretrained` reads. Several prompts are read
+and answered together, each as if alone. Text alone goes to stdout, streamed where there is one prompt; progress and
+rates go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from fot_jax import formats
+from fot_jax import memory as memories
+from fot_jax.checkpoint import CheckpointError
+from fot_jax.config import FLOAT_DTYPES, ModelConfig
+from fot_jax.generate import SPILLS, Reader, decode, extend, prefill
+from fot_jax.generate.sampling import Sampling
+from fot_jax.generate.saved import check_saved, load_reader, save_reader
+from fot_jax.generate.text import TextStream
+from fot_jax.host import keep_freed_memory
+from fot_jax.pretrained import load_pretrained
+from fot_jax.tokenizer import Tokenizer, open_tokenizer
+
+REPORT_SECONDS = 5  # between lines of progress where stderr is no terminal
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _bytes(text: str) -> int:
+    number, unit = text.rstrip("KMGT"), text[len(text.rstrip("KMGT")) :]
+    try:
+        value = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted bytes, or a number with K, M, G or T") from error
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted at least 1 byte")
+    return value
+
+
+def _at_least(least: int) -> Any:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number of at least {least}")
+        return value
+
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("fot-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="directory or file of a checkpoint")
+    parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of parameters and computation; the checkpoint's")
+    parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json or a directory with one; MODEL")
+
+    prompts = parser.add_argument_group(
+        "prompts", "in the order given; stdin where there is none and it is no terminal"
+    )
+    options = dict(action="append", dest="prompts", default=[])
+    prompts.add_argument("--prompt", type=lambda x: ("text", x), metavar="TEXT", **options)
+    prompts.add_argument("--prompt-file", type=lambda x: ("file", x), metavar="FILE", help="- is stdin", **options)
+    prompts.add_argument(
+        "--prompt-ids", type=lambda x: ("ids", x), metavar="IDS", help='token ids, as in "1 319 8"', **options
+    )
+    prompts.add_argument(
+        "--prompt-ids-file", type=lambda x: ("ids file", x), metavar="FILE", help="a prompt of ids a line", **options
+    )
+    prompts.add_argument("--no-bos", action="store_true", help="no BOS before text, even if the tokenizer asks for it")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-new-tokens", type=_at_least(0), default=128, metavar="N", help="128; 0 only reads")
+    sampling.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    sampling.add_argument("--top-k", type=_at_least(0), default=0, metavar="N", help="0: no limit")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
+    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; any number of them")
+
+    memory = parser.add_argument_group("memory")
+    memory.add_argument("--last-context-length", type=_at_least(1), metavar="N", help="tokens left in the open window")
+    memory.add_argument("--spill", choices=SPILLS, default="block", help="what leaves a full window")
+    memory.add_argument("--memory", choices=("dense", "topk"), default="dense", help="how it is read")
+    memory.add_argument("--k", type=_at_least(1), metavar="N", help="slots that a query retrieves with topk")
+    memory.add_argument("--memory-dtype", choices=FLOAT_DTYPES, help="the checkpoint's by default")
+    memory.add_argument("--memory-bytes", type=_bytes, metavar="SIZE", help="bound of the memory's size, as in 2G")
+    memory.add_argument("--score-bytes", type=_bytes, metavar="SIZE", help="bytes of scores over memory at a time")
+    memory.add_argument("--save-memory", metavar="FILE", help="writes what was read, once the prompt is")
+    memory.add_argument("--load-memory", metavar="FILE", help="goes on from there; a prompt is read after it")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--print-ids", action="store_true", help="token ids in place of text; needs no tokenizer")
+    output.add_argument("--json", metavar="FILE", help="results and rates; - is stdout, then without text")
+    output.add_argument("--stream-every", type=_at_least(1), default=8, metavar="N", help="tokens between outputs; 8")
+    output.add_argument("--quiet", action="store_true", help="no progress, no rates")
+    return parser
+
+
+class _Clock:
+    """Seconds that went by, without those of compiling."""
+
+    def __init__(self) -> None:
+        self.compiling = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._event)
+        self._begin = time.perf_counter()
+
+    def _event(self, event: str, seconds: float, **_: Any) -> None:
+        if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
+            self.compiling += seconds
+
+    def now(self) -> float:
+        return time.perf_counter() - self._begin - self.compiling
+
+    def close(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._event)
+
+
+@contextlib.contextmanager
+def _progress(total: int, clock: _Clock, quiet: bool) -> Iterator[Any]:
+    """A function to be called with tokens read: a bar on a terminal, a line now and then elsewhere."""
+    if quiet:
+        yield lambda tokens: None
+    elif sys.stderr.isatty():
+        with tqdm.tqdm(total=total, unit=" tokens", desc="reading", file=sys.stderr, leave=False) as bar:
+            yield bar.update
+    else:
+        done, begin, reported = 0, clock.now(), time.monotonic()
+
+        def line(tokens: int) -> None:
+            nonlocal done, reported
+            done += tokens
+            if time.monotonic() - reported >= REPORT_SECONDS:
+                reported = time.monotonic()
+                rate = done / max(clock.now() - begin, 1e-9)
+                print(f"read {done:,} of {total:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
+
+        yield line
+
+
+def _read_file(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else pathlib.Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {name}: not UTF-8 ({error})") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"prompt file {name}: no such file") from error
+
+
+def _ids(text: str, what: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split()]
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}; wanted token ids, as in '1 319 8'") from error
+
+
+def _prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: ModelConfig) -> list[list[int]]:
+    """Token ids of every prompt."""
+    given = args.prompts
+    if not given and not args.load_memory:
+        if sys.stdin.isatty():
+            raise ValueError("no prompt; wanted --prompt, --prompt-file, --prompt-ids, --load-memory, or text on stdin")
+        given = [("file", "-")]
+    begin = [] if args.no_bos or args.load_memory or tokenizer is None or not tokenizer.adds_bos else [tokenizer.bos_id]
+    rows: list[list[int]] = []
+    for kind, value in given:
+        if kind == "ids":
+            rows.append(_ids(value, "--prompt-ids"))
+        elif kind == "ids file":
+            rows += [
+                _ids(line, f"--prompt-ids-file {value}") for line in _read_file(value).splitlines() if line.strip()
+            ]
+        else:
+            text = value if kind == "text" else _read_file(value)
+            rows.append([*begin, *map(int, tokenizer.encode(text))])
+    for number, row in enumerate(rows):
+        if not row and not args.load_memory:
+            raise ValueError(f"prompt {number} is empty; wanted at least 1 token")
+        for token in row:
+            if not 0 <= token < config.vocab_size:
+                raise ValueError(f"prompt {number} has token {token}; wanted 0..{config.vocab_size - 1} (vocab_size)")
+    if not rows and not args.load_memory:
+        raise ValueError("no prompt in the files given; wanted at least one")
+    return rows
+
+
+def _capacity(config: ModelConfig, budget: int | None, rows: int, needed: int) -> int | None:
+    """Slots of memory in a budget, whole windows of them."""
+    if budget is None or not config.mem_layers:
+        return None
+    token = memories.token_bytes(config) * rows
+    capacity = budget // (token * config.window) * config.window
+    if capacity < needed:
+        wanted = -(-needed // config.window) * config.window
+        raise ValueError(
+            f"--memory-bytes is {budget:,}, which holds {capacity:,} tokens in each of {rows} rows; prompt and new "
+            f"tokens need {needed:,}, in whole windows {wanted:,}: {wanted * token:,} bytes"
+        )
+    return capacity
+
+
+def _padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, T], padded at the left, and their mask."""
+    T = max(1, *map(len, rows))
+    tokens_BT, mask_BT = np.zeros((len(rows), T), np.int32), np.zeros((len(rows), T), bool)
+    for b, row in enumerate(rows):
+        tokens_BT[b, T - len(row) :], mask_BT[b, T - len(row) :] = row, True
+    return tokens_BT, mask_BT
+
+
+class _Row:
+    """What came of one prompt."""
+
+    def __init__(self, stream: TextStream | None, eos_id: int | None):
+        self.tokens: list[int] = []
+        self.finish: str | None = None  # "eos", "stop" or "length"
+        self._stream, self._eos_id = stream, eos_id
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Takes tokens; the output that is certain now."""
+        if self.finish:
+            return ""
+        ids = [int(i) for i in ids]
+        if self._eos_id in ids:
+            ids, self.finish = ids[: ids.index(self._eos_id) + 1], "eos"
+        before = " " if self.tokens else ""
+        self.tokens += ids
+        if self._stream is None:
+            return before + " ".join(map(str, ids))
+        out = self._stream.push(ids[:-1] if self.finish else ids)
+        if self._stream.stopped:
+            self.finish = "stop"
+        return out + self._stream.finish() if self.finish == "eos" else out
+
+    def end(self) -> str:
+        """No more tokens: the rest of the output."""
+        if self.finish:
+            return ""
+        self.finish = "length"
+        return "" if self._stream is None else self._stream.finish()
+
+    @property
+    def text(self) -> str | None:
+        return None if self._stream is None else self._stream.text
+
+
+def _write_over(rows: list[_Row], pieces: list[str], outputs: list[str], printed: int, silent: bool) -> int:
+    """Prints what can be: of one row every piece, of several each whole, in order. How many rows are printed whole."""
+    for b, piece in enumerate(pieces):
+        outputs[b] += piece
+    if silent:
+        return printed
+    if len(rows) == 1:
+        sys.stdout.write(pieces[0])
+    else:
+        while printed < len(rows) and rows[printed].finish:
+            print(f"--- prompt {printed + 1} of {len(rows)} ---\n{outputs[printed]}")
+            printed += 1
+    sys.stdout.flush()
+    return printed
+
+
+def _model(args: argparse.Namespace) -> ModelConfig:
+    """The configuration of the checkpoint, without reading weights."""
+    config = formats.open_checkpoint(args.model, compute_dtype=args.dtype).config
+    return config.replace(dtypes=_dtypes(args, config))
+
+
+def _dtypes(args: argparse.Namespace, config: ModelConfig) -> Any:
+    memory = args.memory_dtype or config.dtypes.memory
+    return dataclasses.replace(config.dtypes, memory=memory)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Checks, then reading, then writing."""
+    numbers = args.temperature, args.top_k, args.top_p, args.repetition_penalty
+    sampling, reading = Sampling(*numbers), memories.Reading(args.memory, args.k, args.score_bytes)
+    if "" in args.stop:
+        raise ValueError("--stop is empty; wanted at least 1 character")
+    if args.stop and args.print_ids:
+        raise ValueError("--stop with --print-ids: stop strings are looked for in text; wanted one of them")
+    for name in (args.save_memory, args.json):
+        if name and name != "-" and not pathlib.Path(name).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{name}: its folder does not exist")
+    config = _model(args)
+    c = args.last_context_length
+    if c is not None and c > config.window:
+        raise ValueError(f"--last-context-length is {c}; wanted 1..{config.window} (the window)")
+    texts = not args.prompts and not args.load_memory or any(kind in ("text", "file") for kind, _ in args.prompts)
+    tokenizer = None
+    if texts or not args.print_ids:
+        tokenizer = open_tokenizer(args.tokenizer or args.model)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size}; "
+                "wanted no more than that"
+            )
+    prompts = _prompts(args, tokenizer, config)
+    saved = check_saved(args.load_memory) if args.load_memory else {"rows": len(prompts), "tokens": 0}
+    prompts = prompts or [[]] * saved["rows"]
+    if saved["rows"] not in (1, len(prompts)):
+        raise ValueError(f"{args.load_memory} has {saved['rows']} rows and there are {len(prompts)} prompts")
+    N, B = args.max_new_tokens, len(prompts)
+    new = max(map(len, prompts)) + N
+    capacity = _capacity(config, args.memory_bytes, B, saved["tokens"] + new)
+
+    loaded, params = load_pretrained(args.model, dtype=args.dtype)
+    config = loaded.replace(dtypes=_dtypes(args, loaded))
+    clock = _Clock()
+    try:
+        total = sum(map(len, prompts))
+        reader, seconds = _read(args, config, params, prompts, new, capacity, clock)
+        if args.save_memory:
+            save_reader(args.save_memory, config, params, reader)
+        rows = [
+            _Row(None if args.print_ids else TextStream(tokenizer, prompt, args.stop), config.eos_id)
+            for prompt in prompts
+        ]
+        begin = clock.now()
+        reader, first = _write(args, config, params, reader, rows, sampling, reading, clock)
+        # The first token of each row is what reading gave.
+        written, later = sum(len(row.tokens) for row in rows), clock.now() - begin - first
+        rates = {
+            "prompt_tokens": total,
+            "prefill_seconds": round(seconds, 4),
+            "prefill_tokens_per_second": round(total / max(seconds, 1e-9), 2),
+            "seconds_to_first_token": round(seconds + first, 4) if N else None,
+            "new_tokens": written,
+            "decode_tokens_per_second": round((written - B) / max(later, 1e-9), 2) if written > B else None,
+            "memory_tokens": int(np.max(reader.mem.length_B)),
+            "memory_capacity": reader.mem.capacity,
+            "memory_bytes": reader.mem.nbytes,
+            "compile_seconds": round(clock.compiling, 2),
+        }
+    finally:
+        clock.close()
+    if args.json:
+        results = [
+            {"prompt": b, "prompt_tokens": len(prompt), "tokens": row.tokens, "text": row.text, "finish": row.finish}
+            for b, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+        ]
+        text = json.dumps({"results": results, **rates}, ensure_ascii=False, indent=1) + "\n"
+        if args.json == "-":
+            sys.stdout.write(text)
+        else:
+            pathlib.Path(args.json).write_text(text, encoding="utf-8")
+    if not args.quiet:
+        print(_summary(rates), file=sys.stderr)
+
+
+def _read(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    params: Any,
+    prompts: list[list[int]],
+    new: int,
+    capacity: int | None,
+    clock: _Clock,
+) -> tuple[Reader, float]:
+    """What the prompts, and the memory before them, leave to go on from; seconds it took."""
+    tokens_BT, mask_BT = _padded(prompts)
+    total = int(mask_BT.sum())
+    options = dict(memory=args.memory, k=args.k, score_bytes=args.score_bytes)
+    reader = None
+    if args.load_memory:
+        reader = load_reader(args.load_memory, config, params, rows=len(prompts), room=new, memory_capacity=capacity)
+    begin = clock.now()
+    with _progress(total, clock, args.quiet) as progress:
+        if reader is None:
+            inputs = tokens_BT, args.last_context_length, mask_BT
+            room = args.max_new_tokens
+            options |= dict(room=room, memory_capacity=capacity, progress=progress)
+            reader = prefill(config, params, *inputs, **options)
+        elif total:
+            options |= dict(spill=args.spill, progress=progress)
+            reader = extend(config, params, reader, tokens_BT, mask_BT, **options)
+    jax.block_until_ready(reader)
+    return reader, clock.now() - begin
+
+
+def _write(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    params: Any,
+    reader: Reader,
+    rows: list[_Row],
+    sampling: Sampling,
+    reading: memories.Reading,
+    clock: _Clock,
+) -> tuple[Reader, float]:
+    """New tokens into the rows and their text to stdout; seconds to the first token."""
+    key, N, silent = jax.random.key(args.seed), args.max_new_tokens, args.json == "-"
+    outputs, printed, done, first = [""] * len(rows), 0, 0, 0.0
+    begin = clock.now()
+    while done < N and not all(row.finish for row in rows):
+        count = min(args.stream_every if done else 1, N - done)
+        options = dict(max_new_tokens=count, spill=args.spill, reading=reading)
+        out, reader = decode(config, params, reader, sampling, key, **options)
+        new_BN = np.asarray(out)
+        first = first or clock.now() - begin
+        pieces = [row.push(new) for row, new in zip(rows, new_BN, strict=True)]
+        done += count
+        printed = _write_over(rows, pieces, outputs, printed, silent)
+        over_B = jnp.asarray([row.finish is not None for row in rows])
+        reader = dataclasses.replace(reader, ended_B=reader.ended_B | over_B)
+    if N:
+        printed = _write_over(rows, [row.end() for row in rows], outputs, printed, silent)
+        if len(rows) == 1 and not silent:
+            print()
+    return reader, first
+
+
+def _summary(rates: dict[str, Any]) -> str:
+    out = f"read {rates['prompt_tokens']:,} tokens, {rates['prefill_tokens_per_second']:,.0f} tokens/s"
+    if rates["new_tokens"]:
+        out += f"; first token after {rates['seconds_to_first_token']:.3f} s; wrote {rates['new_tokens']:,} tokens"
+    if rates["decode_tokens_per_second"] is not None:
+        out += f", {rates['decode_tokens_per_second']:,.1f} tokens/s after the first"
+    return (
+        f"{out}; memory {rates['memory_tokens']:,} of {rates['memory_capacity']:,} tokens a row, "
+        f"{rates['memory_bytes'] / 2**20:,.1f} MiB; {rates['compile_seconds']:.1f} s of compiling not counted"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 0, or 2 where something does not fit."""
+    args = _parser().parse_args(argv)
+    keep_freed_memory()
+    try:
+        run(args)
+    except (ValueError, OSError, ImportError, CheckpointError) as error:
+        print(f"fot-generate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

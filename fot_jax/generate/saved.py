@@ -1,0 +1,199 @@
+"""What has been read, on disk: a long prompt is read once and asked about many times.
+
+One safetensors file: filled slots of memory and of the open window, scores of the next token, tokens seen, and in its
+metadata which model they belong to and a checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from fot_jax import memory as memories
+from fot_jax.config import ModelConfig
+from fot_jax.generate import Reader, memory_tokens, new_reader, placed_with
+
+FORMAT = "fot_jax reader 1"
+_SAMPLES = 64  # elements of a parameter that its hash is made of
+# What may differ between the model that wrote a file and the one that reads it: nothing that was read depends on it.
+_FREE_FIELDS = {"last_context_length", "init_std", "bos_id", "eos_id", "pad_id"}
+_ROW_ARRAYS = ("logits_BV", "seen_BV", "ended_B", "length_B")
+
+
+class SavedMemoryError(ValueError):
+    """A file that is no saved memory, is damaged, or belongs to another model; the message names it and says which."""
+
+
+def fingerprint(config: ModelConfig, params: Any) -> dict[str, Any]:
+    """What tells one model from another: fields of its configuration, and a hash of some elements of each parameter."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE_FIELDS}
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        index = np.linspace(0, leaf.size - 1, min(_SAMPLES, leaf.size)).astype(np.int64)
+        some = np.asarray(leaf[np.unravel_index(index, leaf.shape)])
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode() + some.tobytes())
+    return {**json.loads(json.dumps(fields)), "parameters": sha.hexdigest()[:16]}
+
+
+def _checksum(tensors: dict[str, np.ndarray]) -> str:
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
+
+
+def save_reader(path: str | os.PathLike, config: ModelConfig, params: Any, reader: Reader) -> None:
+    """Writes what has been read, beside and renamed: a file of that name is whole.
+
+    Args:
+        path: the file; an earlier one is replaced.
+        config, params: the model that has read.
+        reader: of any number of rows; stays as it is.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = pathlib.Path(path)
+    tensors = {name: np.asarray(getattr(reader, name)) for name in _ROW_ARRAYS}
+    for kind, cache in (("memory", reader.mem), ("local", reader.local)):
+        tensors[f"{kind}.length_B"] = np.asarray(cache.length_B)
+        filled = int(tensors[f"{kind}.length_B"].max())
+        for name in ("keys", "values"):
+            for layer, array in enumerate(getattr(cache, name)):
+                tensors[f"{kind}.{name}.{layer}"] = _filled(array, filled)
+    metadata = {
+        "format": FORMAT,
+        "model": json.dumps(fingerprint(config, params)),
+        "checksum": _checksum(tensors),
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, beside, metadata)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _filled(array: jax.Array | tuple[jax.Array, ...], filled: int) -> np.ndarray:
+    """[B, G, K, filled] of an array or its pages."""
+    parts, start = [], 0
+    for page in array if isinstance(array, tuple) else (array,):
+        if start < filled or not parts:
+            parts.append(np.asarray(page[..., : filled - start]))
+        start += page.shape[-1]
+    return np.ascontiguousarray(np.concatenate(parts, axis=-1))
+
+
+def check_saved(path: str | os.PathLike) -> dict[str, Any]:
+    """Looks at the head of a saved memory.
+
+    Returns:
+        {"rows": B, "tokens": slots of memory and of the window together in the longest row, "model": the fingerprint}.
+
+    Raises:
+        FileNotFoundError: no such file.
+        SavedMemoryError: not a saved memory, or a damaged one.
+    """
+    with _opened(path) as file:
+        tokens = file.get_tensor("memory.length_B") + file.get_tensor("local.length_B")
+        return {"rows": len(tokens), "tokens": int(tokens.max()), "model": json.loads(file.metadata()["model"])}
+
+
+def _opened(path: str | os.PathLike) -> Any:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"saved memory {path}: no such file")
+    try:
+        file = safetensors.safe_open(path, "numpy")
+    except safetensors.SafetensorError as error:
+        raise SavedMemoryError(f"saved memory {path}: truncated, damaged or no safetensors file ({error})") from error
+    found = (file.metadata() or {}).get("format")
+    if found != FORMAT:
+        raise SavedMemoryError(f"saved memory {path}: its format is {found!r}; wanted {FORMAT!r}")
+    return file
+
+
+def load_reader(
+    path: str | os.PathLike,
+    config: ModelConfig,
+    params: Any,
+    *,
+    rows: int | None = None,
+    room: int = 0,
+    memory_capacity: int | None = None,
+) -> Reader:
+    """What `save_reader` wrote, to go on from with `extend` and `decode`.
+
+    Args:
+        path: the file.
+        config, params: the model, the one that wrote it.
+        rows: how many rows are wanted, where the file has one: copies of it. None: as many as it has.
+        room: tokens to make room for in memory.
+        memory_capacity: slots of memory to allocate for each row, rounded up to whole windows; what is there and `room`
+            can need, in powers of two, by default.
+
+    Raises:
+        FileNotFoundError: no such file.
+        SavedMemoryError: not a saved memory, a damaged one, or one of another model; the message names what differs.
+        ValueError: rows that it does not have; no room in `memory_capacity`.
+    """
+    head = check_saved(path)
+    theirs, ours = head["model"], fingerprint(config, params)
+    for name in sorted({*theirs, *ours} - {"parameters"}) + ["parameters"]:
+        if theirs.get(name) != ours.get(name):
+            raise SavedMemoryError(
+                f"saved memory {path}: it is of another model: its {name} is {theirs.get(name)}, "
+                f"the model's {ours.get(name)}"
+            )
+    if rows is not None and rows != head["rows"] != 1:
+        raise ValueError(f"saved memory {path}: it has {head['rows']} rows; wanted {rows}, or 1 to be copied")
+    needed = head["tokens"] + room
+    if memory_capacity is not None and config.mem_layers and memory_capacity < needed:
+        raise ValueError(
+            f"saved memory {path}: {head['tokens']} tokens and {room} new ones need a memory of {needed} slots; "
+            f"memory_capacity is {memory_capacity}"
+        )
+    with _opened(path) as file:
+        try:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except safetensors.SafetensorError as error:
+            raise SavedMemoryError(f"saved memory {path}: damaged ({error})") from error
+        checksum = file.metadata()["checksum"]
+    if _checksum(tensors) != checksum:
+        raise SavedMemoryError(f"saved memory {path}: damaged (its checksum is not that of its contents)")
+    rows = head["rows"] if rows is None else rows
+    copied = {name: np.repeat(x, rows, axis=0) if len(x) != rows else x for name, x in tensors.items()}
+    empty = new_reader(config, rows, memory_capacity or memory_tokens(config, rows, needed))
+    local = _put(empty.local, copied, "local")
+    pages, first = [], 0
+    for page in empty.mem.pages:
+        pages.append(_put(page, copied, "memory", first))
+        first += page.capacity
+    arrays = {name: jnp.asarray(copied[name]) for name in _ROW_ARRAYS}
+    return placed_with(params, Reader(**arrays, local=local, mem=memories.Pages(tuple(pages))))
+
+
+def _put(cache: memories.Cache, tensors: dict[str, np.ndarray], kind: str, first: int = 0) -> memories.Cache:
+    """A cache with the slots of a saved one from `first` on, as many as it has room for."""
+
+    def buffers(name: str) -> tuple[jax.Array, ...]:
+        out = []
+        for layer, empty in enumerate(getattr(cache, name)):
+            part = tensors[f"{kind}.{name}.{layer}"][..., first : first + cache.capacity]
+            out.append(jnp.asarray(np.pad(part, [(0, 0)] * 3 + [(0, cache.capacity - part.shape[3])]), empty.dtype))
+        return tuple(out)
+
+    # The window is full at most; without memory layers nothing is in memory.
+    length_B = jnp.asarray(np.clip(tensors[f"{kind}.length_B"] - first, 0, cache.capacity), jnp.int32)
+    return memories.Cache(buffers("keys"), buffers("values"), length_B)
