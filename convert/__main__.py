@@ -22,9 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-# A conversion has nothing to do on an accelerator, which another process may be using.
-os.environ["JAX_PLATFORMS"] = "cpu"
-
+import jax
 import tqdm
 from absl import logging
 
@@ -71,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("DST is missing; only --plan needs none")
     if args.tolerance is not None and not args.verify:
         parser.error("--tolerance is of --verify, which is not given")
+    # A conversion has nothing to do on an accelerator, which another process may be using.
+    jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)  # Orbax has much to say
     try:
         with _terminated():
@@ -144,8 +144,9 @@ def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwr
     source = plan.source.path.resolve()
     if source.is_relative_to(destination.resolve()):
         raise ValueError(f"{destination} holds the source, {source}; wanted another directory")
-    for left in destination.parent.glob(f".{destination.name}.partial-*"):
-        print(f"{'left over':14s} {left}, of a conversion that was killed or is running; remove it if it is not")
+    for what in ("partial", "replaced"):
+        for left in destination.parent.glob(f".{destination.name}.{what}-*"):
+            print(f"{'left over':14s} {left}, of a conversion that was killed or is running; remove it if it is not")
     existing = next(parent for parent in destination.parents if parent.exists())
     return shutil.disk_usage(existing).free
 

@@ -276,6 +276,8 @@ def test_no_room_is_said_before_the_work(tmp_path, saved, monkeypatch, capsys):
 def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, number):
     source, _ = saved(PLAIN)
     write = writers.write
+    # A process that a shell put in the background ignores SIGINT; the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(plan, directory, progress):
         def stop(nbytes):
@@ -285,7 +287,10 @@ def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, nu
         return write(plan, directory, stop)
 
     monkeypatch.setattr(writers, "write", interrupted)
-    convert(source, tmp_path / "x", "--to", "orbax", fails=2)
+    try:
+        convert(source, tmp_path / "x", "--to", "orbax", fails=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted; nothing was left behind" in capsys.readouterr().err
     assert names(tmp_path) == ["source"]
 
@@ -347,12 +352,10 @@ def test_a_killed_conversion_never_looks_complete(tmp_path, big):
 def test_no_accelerator_is_initialised(tmp_path, saved):
     source, _ = saved(PLAIN)
     code = f"""
-import sys
 from convert.__main__ import main
 status = main([{str(source)!r}, {str(tmp_path / "x")!r}, "--to", "orbax", "--verify"])
 import jax
 assert status == 0 and {{device.platform for device in jax.devices()}} == {{"cpu"}}
-assert "torch" not in sys.modules or {str(source)!r}
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cuda,tpu", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)

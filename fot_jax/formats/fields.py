@@ -9,10 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from fot_jax.config import ModelConfig
+from fot_jax.config import MAX_SIZE, ModelConfig
 
-# Sizes, positions and token ids are int32 in the model.
-MAX_WHOLE = 2**31 - 1
 _REQUIRED: Any = object()
 # For messages: nested and long values may come from files that somebody made to be so.
 _SHORT = reprlib.Repr()
@@ -48,7 +46,7 @@ class Fields:
             shown = f"a very great {type(self.values[name]).__name__}"
         return ValueError(f"{self.file}: {name} is {shown}; wanted {wanted}")
 
-    def whole(self, name: str, default: Any = _REQUIRED, least: int = 1, most: int = MAX_WHOLE) -> int:
+    def whole(self, name: str, default: Any = _REQUIRED, least: int = 1, most: int = MAX_SIZE) -> int:
         """A whole number from `least` to `most`."""
         if name not in self and default is not _REQUIRED:
             return default

@@ -28,7 +28,7 @@ import tqdm
 
 from fot_jax import formats
 from fot_jax import memory as memories
-from fot_jax.checkpoint import CheckpointError
+from fot_jax.checkpoint import CheckpointError, write_json
 from fot_jax.config import FLOAT_DTYPES, ModelConfig
 from fot_jax.generate import SPILLS, Reader, decode, extend, prefill
 from fot_jax.generate.sampling import Sampling
@@ -363,11 +363,10 @@ def run(args: argparse.Namespace) -> None:
             {"prompt": b, "prompt_tokens": len(prompt), "tokens": row.tokens, "text": row.text, "finish": row.finish}
             for b, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
         ]
-        text = json.dumps({"results": results, **rates}, ensure_ascii=False, indent=1) + "\n"
         if args.json == "-":
-            sys.stdout.write(text)
+            print(json.dumps({"results": results, **rates}, indent=2))
         else:
-            pathlib.Path(args.json).write_text(text, encoding="utf-8")
+            write_json(args.json, {"results": results, **rates})
     if not args.quiet:
         print(_summary(rates), file=sys.stderr)
 
