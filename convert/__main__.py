@@ -30,7 +30,7 @@ from convert import plan as planning
 from convert import writers
 from fot_jax import checkpoint, formats
 from fot_jax.config import FLOAT_DTYPES, SIZES, named
-from fot_jax.formats import files
+from fot_jax.formats import easylm, files
 
 EXIT_NOT_VERIFIED, EXIT_ERROR = 1, 2
 
@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    return () if text == "none" else tuple(int(layer) for layer in text.split(","))
+    try:
+        return () if text == "none" else tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; wanted layers, as in 6,12,18, or none") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("DST is missing; only --plan needs none")
     if args.tolerance is not None and not args.verify:
         parser.error("--tolerance is of --verify, which is not given")
+    if args.plan and args.verify:
+        parser.error("--verify reads what --plan does not write; wanted one of them")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: its folder does not exist")
     # A conversion has nothing to do on an accelerator, which another process may be using.
     jax.config.update("jax_platforms", "cpu")
     logging.set_verbosity(logging.ERROR)  # Orbax has much to say
@@ -81,13 +88,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fot-convert: {shown}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("fot-convert: interrupted; nothing was left behind", file=sys.stderr)
+        print("fot-convert: interrupted; what DST was before, it is", file=sys.stderr)
         return EXIT_ERROR
 
 
 def _convert(args: argparse.Namespace) -> int:
     size = named(args.size) if args.size else None
     source = formats.open_checkpoint(args.source, size=size, window=args.window)
+    if size and source.layout is not easylm.LAYOUT:
+        raise ValueError(
+            f"--size is for EasyLM's checkpoints; {args.source} is {source.layout.format}'s and says its own"
+        )
     plan = planning.make_plan(
         source,
         args.to,
@@ -139,6 +150,8 @@ def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwr
     destination = pathlib.Path(os.path.abspath(destination))
     if destination.exists() and not overwrite:
         raise FileExistsError(f"{destination} is there; wanted a new directory, or --overwrite")
+    if destination.is_symlink():
+        raise ValueError(f"{destination} is a symbolic link; wanted the directory itself, {destination.resolve()}")
     if destination.exists() and not destination.is_dir():
         raise NotADirectoryError(f"{destination} is a file; wanted a directory to replace")
     source = plan.source.path.resolve()

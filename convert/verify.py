@@ -29,17 +29,24 @@ class Report:
 
     Attributes:
         reference: who ran the source.
+        independent: whether that is another implementation, which read the files itself.
+        config: fields of the result's configuration that are not as planned; empty where all are.
         tensor, tensor_difference: where parameters differ most, and by how much.
-        logit_difference: greatest difference of logits.
+        reader_difference: greatest difference of logits between an independent reference and our forward pass over the
+            source, before anything is cast; 0 where there is none.
+        logit_difference: greatest difference of logits between the source, as the reference runs it, and the result.
         largest_logit: greatest logit of the source.
         position: (row, token, word) of the greatest difference.
         same_choice: share of tokens after which both find the same word likeliest.
-        tolerance: of logit_difference / largest_logit.
+        tolerance: of logit_difference / largest_logit; reader_difference has that of float32.
     """
 
     reference: str
+    independent: bool
+    config: str
     tensor: str
     tensor_difference: float
+    reader_difference: float
     logit_difference: float
     largest_logit: float
     position: tuple[int, int, int]
@@ -48,21 +55,26 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every parameter is the same and logits agree. Logits that are not finite never do."""
-        return not self.tensor_difference and bool(self.logit_difference <= self.tolerance * self.largest_logit)
+        """Whether configuration and every parameter are as planned and logits agree. Logits that are not finite never
+        do.
+        """
+        read_right = bool(self.reader_difference <= TOLERANCES[None] * self.largest_logit)
+        same_logits = bool(self.logit_difference <= self.tolerance * self.largest_logit)
+        return not self.config and not self.tensor_difference and read_right and same_logits
 
     def table(self) -> str:
         """For people."""
         relative = self.logit_difference / self.largest_logit if self.largest_logit else float("nan")
         rows = {
             "source run by": self.reference,
+            "configuration": self.config or "as planned",
             "parameters": f"greatest difference {self.tensor_difference:.3g}"
             + (f", in {self.tensor}" if self.tensor_difference else ": every number is the same"),
             "logits": f"greatest difference {self.logit_difference:.3g} of {self.largest_logit:.4g} ({relative:.2g}; "
             f"tolerance {self.tolerance:g}), at row {self.position[0]}, token {self.position[1]}, "
             f"word {self.position[2]}",
             "likeliest word": f"the same after {100 * self.same_choice:.1f}% of tokens",
-            "verified": "yes" if self.passed else "NO",
+            "verified": ("yes" if self.independent else "yes, by our own reading alone") if self.passed else "NO",
         }
         return "\n".join(f"{name:14s} {value}" for name, value in rows.items())
 
@@ -76,7 +88,8 @@ def verify(plan: Plan, directory: pathlib.Path, tolerance: float | None = None) 
 
     Parameters are compared bit for bit, in the result's dtype. Logits are those of 2 rows of 64 random words (or
     of the window, if that is shorter), in float32: the source's by transformers where it reads the source and is
-    installed, else by our forward pass; the result's always by ours. Needs room for one model in float32.
+    installed, else by our forward pass; the result's always by ours. Where numbers were rounded, the two also run the
+    source as it is, so that rounding does not hide a tensor read wrongly. Needs room for one model in float32.
 
     Args:
         directory: what `writers.write` wrote.
@@ -89,20 +102,36 @@ def verify(plan: Plan, directory: pathlib.Path, tolerance: float | None = None) 
     tensor, tensor_difference = _compare_tensors(plan, result)
     vocab, length = plan.config.vocab_size, min(TOKENS, plan.config.window)
     tokens_BT = np.random.default_rng(0).integers(0, vocab, (ROWS, length), dtype=np.int32)
-    reference, wanted = _reference(plan.source, tokens_BT)
+    reference, independent, wanted = _reference(plan.source, tokens_BT)
+    rounded = any(piece.dtype != tensor.dtype for piece in plan.pieces for _, tensor in [piece.source])
+    exact = _ours(plan.source, tokens_BT) if independent and rounded else wanted
     found = _ours(result, tokens_BT)
     difference = np.abs(found - wanted)
     # NaN is the greatest difference there can be.
     worst = np.unravel_index(np.argmax(np.where(np.isnan(difference), np.inf, difference)), difference.shape)
     return Report(
         reference=reference,
+        independent=independent,
+        config=_compare_configs(plan, result),
         tensor=tensor,
         tensor_difference=tensor_difference,
+        reader_difference=float(np.abs(exact - wanted).max()),
         logit_difference=float(difference[worst]),
         largest_logit=float(np.abs(wanted).max()),
         position=tuple(int(i) for i in worst),
         same_choice=float(np.mean(found.argmax(-1) == wanted.argmax(-1))),
-        tolerance=TOLERANCES[plan.dtype] if tolerance is None else tolerance,
+        tolerance=TOLERANCES[plan.dtype if rounded else None] if tolerance is None else tolerance,
+    )
+
+
+def _compare_configs(plan: Plan, result: Source) -> str:
+    # A LLaMA's configuration has no place for memory.
+    left_out = ("mem_layers", "last_context_length", "dtypes") if plan.to == "hf-llama" else ()
+    found, wanted = dataclasses.asdict(result.config), dataclasses.asdict(plan.config)
+    return "; ".join(
+        f"{name} is {found[name]}, wanted {wanted[name]}"
+        for name in wanted
+        if found[name] != wanted[name] and name not in left_out
     )
 
 
@@ -118,19 +147,20 @@ def _compare_tensors(plan: Plan, result: Source) -> tuple[str, float]:
     return worst
 
 
-def _reference(source: Source, tokens_BT: np.ndarray) -> tuple[str, np.ndarray]:
-    """Who ran the source, and its logits, float32 [B, T, V]."""
+def _reference(source: Source, tokens_BT: np.ndarray) -> tuple[str, bool, np.ndarray]:
+    """Who ran the source, whether it is another implementation, and its logits, float32 [B, T, V]."""
     c = source.config
     reason = ""
     if source.layout in (hf.LAYOUT, gguf.LAYOUT) and not c.qk_norm and (c.mem_positionals or not c.mem_layers):
         try:
-            return _transformers(source, tokens_BT)
+            name, logits = _transformers(source, tokens_BT)
+            return name, True, logits
         except ImportError:
             reason = " (transformers is not installed)"
-        except Exception as error:  # whatever it refuses in a model that we read
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:  # what it refuses and we read
             first = (str(error).strip().splitlines() or [""])[0]
             reason = f" (transformers does not read it: {type(error).__name__}: {first[:200]})"
-    return f"our forward pass{reason}", _ours(source, tokens_BT)
+    return f"our forward pass{reason}", False, _ours(source, tokens_BT)
 
 
 def _transformers(source: Source, tokens_BT: np.ndarray) -> tuple[str, np.ndarray]:

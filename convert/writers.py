@@ -27,6 +27,7 @@ def write(plan: Plan, directory: pathlib.Path, progress: Callable[[int], None] =
         ValueError: damaged data in the source; numbers that the dtype asked for cannot hold.
         OSError: the disk is full, or the like.
     """
+    plan.source.check_tied_head()
     (_write_orbax if plan.to == "orbax" else _write_hf)(plan, directory, progress)
     tokenizer = plan.source.tokenizer(directory)
     files.sync(*(path for path in directory.rglob("*")), directory)

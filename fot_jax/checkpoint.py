@@ -77,7 +77,7 @@ def read_model(workdir: str | pathlib.Path) -> ModelConfig:
     try:
         fields = json.loads(path.read_text())
         return ModelConfig(**{**fields, "dtypes": DtypePolicy(**fields["dtypes"])})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a model configuration ({error})") from error
 
 

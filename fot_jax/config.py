@@ -273,7 +273,12 @@ def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelCo
     for name, allowed in unsupported.items():
         if fields.get(name) not in allowed:
             raise ValueError(f"config.json: {name} is {fields[name]!r}; wanted {allowed[0]!r}")
-    scaling = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    scaling: Any = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        value = fields.get(name) or {}
+        scaling = {**scaling, **value} if isinstance(value, dict) and isinstance(scaling, dict) else value
+    if isinstance(scaling, dict) and scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor is {scaling['partial_rotary_factor']!r}; wanted 1")
     if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
         raise ValueError(f"config.json: rope_scaling is {scaling!r}; wanted none")
     missing = [name for name in _HF_FIELDS.values() if name in _HF_REQUIRED and name not in fields]
@@ -376,7 +381,7 @@ def read_hf(directory: str | pathlib.Path, compute_dtype: str | None = None) -> 
     path = pathlib.Path(directory) / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8, numbers of thousands of digits; deep nesting
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: a JSON {type(fields).__name__}; wanted an object")

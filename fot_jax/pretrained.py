@@ -28,13 +28,14 @@ def load_pretrained(
         path: a Hugging Face LLaMA or LongLLaMA directory (safetensors or `.bin`, single or sharded), a working
             directory of `train.py`, whose latest checkpoint is taken, or any other format of `formats.open_checkpoint`.
         dtype: of the parameters, and of the computation that the configuration asks for: float32, bfloat16 or
-            float16. None leaves both as the directory states them. The dtype of memory is always the directory's.
+            float16. None leaves both as the directory states them. The dtype of memory is the directory's, or where it
+            states none, as a LLaMA's, that of the parameters.
         shardings: for a model that does not fit one device: config -> tree of shardings shaped like params
             (`sharding.param_shardings` of `model.abstract_params`).
 
     Returns:
-        config, and params, on the first device or as `shardings` says: exactly the checkpoint's elements, in the tree
-        that `init_params` makes.
+        config, and params, on the first device or as `shardings` says: exactly the checkpoint's elements, rounded
+        to `dtype`, in the tree that `init_params` makes.
 
     Raises:
         FileNotFoundError: no such directory, or no model in it.

@@ -21,7 +21,6 @@ from test_formats import GROUPED, PLAIN, TIED, assert_same, random_params
 
 import fot_jax
 from convert import plan as planning
-from convert import verify as verifying
 from convert import writers
 from convert.__main__ import main
 from fot_jax import formats, model, run_config
@@ -225,9 +224,31 @@ def test_verification_finds_one_changed_number(tmp_path, saved, monkeypatch, cap
     assert names(tmp_path) == ["r.json", "source"]
 
 
-def test_numbers_that_are_not_finite_are_not_verified():
-    report = verifying.Report("", "", 0.0, float("nan"), float("nan"), (0, 0, 0), 1.0, 1e-4)
-    assert not report.passed and "NO" in report.table()
+def test_numbers_that_are_not_finite_are_not_verified(tmp_path, saved, capsys):
+    source, _ = saved(PLAIN)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.nan
+    save_file(tensors, source / "model.safetensors")
+    convert(source, tmp_path / "x", "--to", "hf", "--verify", fails=1)
+    assert "verified       NO" in capsys.readouterr().out
+
+
+def test_verification_reads_the_configuration_too(tmp_path, saved, monkeypatch, capsys):
+    source, _ = saved(LONG)
+    write_config = hf.write_config
+    monkeypatch.setattr(hf, "write_config", lambda to, fields: write_config(to, {**fields, "mem_layers": [3]}))
+    convert(source, tmp_path / "x", "--to", "hf", "--verify", fails=1)
+    assert "configuration  mem_layers is (3,), wanted (2, 4)" in capsys.readouterr().out
+
+
+def test_rounding_does_not_hide_a_tensor_that_is_read_wrongly(tmp_path, saved, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    source, _ = saved(PLAIN)
+    to_ours = formats.layout.Entry.to_ours
+    turned = lambda entry, x: to_ours(entry, x[::-1] if entry.name.endswith("1.self_attn.q_proj.weight") else x)
+    monkeypatch.setattr(formats.layout.Entry, "to_ours", turned)
+    convert(source, tmp_path / "x", "--to", "hf", "--dtype", "bfloat16", "--verify", "--tolerance", "10", fails=1)
+    assert "verified       NO" in capsys.readouterr().out
 
 
 # Nothing half-written
@@ -291,7 +312,7 @@ def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, nu
         convert(source, tmp_path / "x", "--to", "orbax", fails=2)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "interrupted; nothing was left behind" in capsys.readouterr().err
+    assert "interrupted; what DST was before, it is" in capsys.readouterr().err
     assert names(tmp_path) == ["source"]
 
 

@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -53,19 +54,24 @@ def damaged(whole: pathlib.Path, tmp_path: pathlib.Path, layout: str) -> pathlib
     return copy
 
 
-def check(model: pathlib.Path) -> bool:
-    """Converts; whether it was read. A refusal is one line that names a file of the model, and leaves nothing."""
+def check(model: pathlib.Path, whole: pathlib.Path | None = None) -> bool:
+    """Converts; whether it was read, with the very numbers of `whole` where that is given. A refusal is one line that
+    names a file of the model, and leaves nothing.
+    """
     result = model.parent / "result"
     error = io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         status = main([str(model), str(result), "--to", "hf"])
     message = error.getvalue()
     if status == 0:
-        assert hf.open_directory(result).entries()
+        entries = hf.open_directory(result).entries()
+        wanted = {entry.name: tensor for entry, tensor in hf.open_directory(whole or result).entries()}
+        for entry, tensor in entries:
+            np.testing.assert_array_equal(tensor.read(), wanted[entry.name].read())
         shutil.rmtree(result)
     else:
         assert status == 2 and message.startswith("fot-convert: ") and message.count("\n") == 1, message
-        assert "model" in message or "config.json" in message or " is " in message, message
+        assert str(model) in message, message
     assert [path.name for path in model.parent.iterdir()] == [model.name]
     return status == 0
 
@@ -96,7 +102,8 @@ def flip_or_cut(whole, tmp_path, layout, data):
             new = data.draw(st.binary(min_size=1, max_size=20))
             content[at : at + len(new)] = new
         path.write_bytes(bytes(content))
-    check(model)
+    # Our own checkpoints have sums of their bits: other numbers cannot come of them, but of another description.
+    check(model, whole / "single" if layout == "ours" and path.name != "model.json" else None)
 
 
 LAYOUTS = ("single", "sharded", "bin", "ours")

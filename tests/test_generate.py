@@ -495,6 +495,10 @@ def test_files_that_are_no_saved_memory_of_this_model(tmp_path):
     refused("truncated, damaged or no safetensors file")
     path.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
     refused("its checksum is not that of its contents")
+    head = 8 + int.from_bytes(whole[:8], "little")
+    for at in np.random.default_rng(0).integers(8, head, 60):  # the head too: names, offsets, the model, the sum
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 2]) + whole[at + 1 :])
+        refused(f"saved memory {path}: ", error=(SavedMemoryError, OSError))
     path.unlink()
     refused("no such file", error=FileNotFoundError)
 

@@ -124,6 +124,9 @@ def test_a_stop_string_ends_the_text(command):
     assert status == 0 and result["finish"] == "stop"
     assert result["text"] == free["text"][: free["text"].index(stop)] and out == result["text"] + "\n"
     assert len(result["tokens"]) < 40
+    # What is found does not depend on how often it is looked at.
+    one = command("--prompt", PROMPT, "--max-new-tokens", 40, "--stop", stop, "--stream-every", 1)[3]["results"]
+    assert one == [result]
 
 
 def test_files_and_stdin_give_prompts(command, tmp_path, monkeypatch):
@@ -173,6 +176,8 @@ def test_a_budget_bounds_memory(command):
         (["--prompt-ids", ""], "prompt 0 is empty"),
         (["--prompt-file", "/nowhere"], "prompt file /nowhere: no such file"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0; wanted a number of at least 0"),
+        (["--prompt", "a", "--temperature", "1e-50"], "temperature is 1e-50; wanted a number of at least 0"),
+        (["--prompt", "a", "--save-memory", "/tmp"], "/tmp: a folder; wanted a file's name"),
         (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--memory", "topk"], "wanted k for 'topk'"),
         (["--prompt", "a", "--k", "3"], "wanted k for 'topk', and only there"),

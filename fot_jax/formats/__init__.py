@@ -24,7 +24,7 @@ def open_checkpoint(
         path: a working directory of `train.py` or of a conversion; a Hugging Face LLaMA or LongLLaMA directory; Meta's
             directory of `consolidated.*.pth`; an EasyLM checkpoint, or the directory of one; a GGUF file.
         compute_dtype: overrides the dtypes that a Hugging Face `config.json` states.
-        size: the model's sizes, for an EasyLM checkpoint without a configuration.
+        size: the model's sizes, for an EasyLM checkpoint, instead of a configuration beside it.
         window: W, where the format does not say it (Meta's; 2048 if None) or another is wanted.
 
     Raises:

@@ -51,7 +51,11 @@ def put_in_place(partial: pathlib.Path, directory: str | os.PathLike) -> None:
     if directory.exists():
         old = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
         directory.rename(old)
-        partial.rename(directory)
+        try:
+            partial.rename(directory)
+        except BaseException:
+            old.rename(directory)
+            raise
         shutil.rmtree(old)
     else:
         partial.rename(directory)

@@ -105,6 +105,10 @@ def _join(index: pathlib.Path, shards: dict[str, dict[str, Tensor]]) -> dict[str
     return out
 
 
+class _Twice(ValueError):
+    """A name for the second time."""
+
+
 def _read_index(index: pathlib.Path) -> dict[str, set[str]]:
     """Shard -> names of its tensors, from a `*.index.json`."""
 
@@ -112,13 +116,15 @@ def _read_index(index: pathlib.Path) -> dict[str, set[str]]:
         out: dict[str, Any] = {}
         for name, value in pairs:
             if name in out:
-                raise ValueError(f"{index}: tensor {name} is listed twice; wanted it once")
+                raise _Twice(f"{index}: tensor {name} is listed twice; wanted it once")
             out[name] = value
         return out
 
     try:
         fields = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except _Twice:
+        raise
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8, numbers of thousands of digits; deep nesting
         raise ValueError(f"{index}: not JSON ({error})") from error
     weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(weight_map, dict):

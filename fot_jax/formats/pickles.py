@@ -16,6 +16,8 @@ import numpy as np
 
 from fot_jax.formats.source import Tensor
 
+MAX_UNMAPPED_BYTES = 2**31
+
 
 def read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
     """Tensors by name of a file that `torch.save` wrote, mapped, not read (all but those of torch before 1.6).
@@ -30,6 +32,11 @@ def read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
         raise ImportError(
             f"{path}: reading pickled checkpoints needs torch; install it, or store safetensors"
         ) from error
+    if not zipfile.is_zipfile(path) and path.stat().st_size > MAX_UNMAPPED_BYTES:
+        raise ValueError(
+            f"{path}: written by torch before 1.6, which cannot be mapped, and of {path.stat().st_size:,} bytes; "
+            f"wanted at most {MAX_UNMAPPED_BYTES:,}: save it anew with a later torch, or as safetensors"
+        )
     try:
         # Only zip files, what torch.save writes since 1.6, can be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -62,8 +62,7 @@ class Source:
             config: the same model, perhaps with other memory layers: they have no parameters of their own.
 
         Raises:
-            ValueError: a tensor unknown, missing, of another shape or not floating point, named; a head that differs
-                from the embedding it is tied to.
+            ValueError: a tensor unknown, missing, of another shape or not floating point, named.
         """
         config = config or self.config
         if config.n_layers > len(self.tensors):  # before a table of as many as the file says is made
@@ -90,15 +89,17 @@ class Source:
         if wanted:
             more = f" and {len(wanted) - 5} more" if len(wanted) > 5 else ""
             raise ValueError(f"{self.path}: tensor missing: {', '.join([*wanted][:5])}{more}")
-        self._check_tied_head()
         return out
 
     def arrays(self, config: ModelConfig | None = None) -> Iterator[tuple[Entry, np.ndarray]]:
-        """Every tensor in our orientation, one read at a time. Raises as `entries`."""
-        for entry, tensor in self.entries(config):
+        """Every tensor in our orientation, one read at a time. Raises as `entries` and `check_tied_head`."""
+        entries = self.entries(config)
+        self.check_tied_head()
+        for entry, tensor in entries:
             yield entry, entry.to_ours(tensor.read())
 
-    def _check_tied_head(self) -> None:
+    def check_tied_head(self) -> None:
+        """Reads head and embedding where both are there and the configuration ties them; ValueError if they differ."""
         names = self.layout.names
         head, embedding = (self.tensors.get(names[part]) for part in ("head/kernel", "embed/embedding"))
         if self.config.tie_embeddings and head is not None and embedding is not None:
@@ -168,6 +169,7 @@ def _sharded(
     import jax  # here, because reading itself needs none
 
     by_leaf: dict[tuple[str, ...], list[tuple[Entry, Tensor]]] = {}
+    source.check_tied_head()
     for entry, tensor in source.entries(config):
         by_leaf.setdefault(entry.path, []).append((entry, tensor))
     for path, shape in leaf_shapes(config).items():
@@ -182,4 +184,5 @@ def _sharded(
                     at = tuple(i - start for i, (start, _) in zip(entry.stack, stack))
                     part[at] = array[tuple(slice(*ends) for ends in within)]
         arrays = [jax.device_put(parts[b], device) for device, b in bounds.items()]
-        yield path, jax.make_array_from_single_device_arrays(shape, shardings[path], arrays)
+        leaf = jax.make_array_from_single_device_arrays(shape, shardings[path], arrays)
+        yield path, jax.block_until_ready(leaf)  # or parts of several leaves would be held

@@ -30,9 +30,9 @@ from fot_jax import formats
 from fot_jax import memory as memories
 from fot_jax.checkpoint import CheckpointError, write_json
 from fot_jax.config import FLOAT_DTYPES, ModelConfig
-from fot_jax.generate import SPILLS, Reader, decode, extend, prefill
+from fot_jax.generate import SPILLS, Reader, decode, extend, memory_tokens, prefill
 from fot_jax.generate.sampling import Sampling
-from fot_jax.generate.saved import check_saved, load_reader, save_reader
+from fot_jax.generate.saved import check_model, check_saved, load_reader, save_reader
 from fot_jax.generate.text import TextStream
 from fot_jax.host import keep_freed_memory
 from fot_jax.pretrained import load_pretrained
@@ -53,21 +53,21 @@ def _bytes(text: str) -> int:
     number, unit = text.rstrip("KMGT"), text[len(text.rstrip("KMGT")) :]
     try:
         value = int(float(number) * UNITS[unit])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted bytes, or a number with K, M, G or T") from error
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted at least 1 byte")
     return value
 
 
-def _at_least(least: int) -> Any:
+def _at_least(least: int, most: int = 2**31 - 1) -> Any:
     def number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number of at least {least}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}; wanted a whole number from {least} to {most}")
         return value
 
     return number
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-k", type=_at_least(0), default=0, metavar="N", help="0: no limit")
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
-    sampling.add_argument("--seed", type=int, default=0)
+    sampling.add_argument("--seed", type=_at_least(0, most=2**63 - 1), default=0)
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; any number of them")
 
     memory = parser.add_argument_group("memory")
@@ -220,7 +220,8 @@ def _capacity(config: ModelConfig, budget: int | None, rows: int, needed: int) -
             f"--memory-bytes is {budget:,}, which holds {capacity:,} tokens in each of {rows} rows; prompt and new "
             f"tokens need {needed:,}, in whole windows {wanted:,}: {wanted * token:,} bytes"
         )
-    return capacity
+    # No more than can be filled: what is allocated is compiled for, and zeroed.
+    return min(capacity, memory_tokens(config, rows, needed))
 
 
 def _padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -247,14 +248,20 @@ class _Row:
         ids = [int(i) for i in ids]
         if self._eos_id in ids:
             ids, self.finish = ids[: ids.index(self._eos_id) + 1], "eos"
-        before = " " if self.tokens else ""
-        self.tokens += ids
         if self._stream is None:
+            before = " " if self.tokens else ""
+            self.tokens += ids
             return before + " ".join(map(str, ids))
-        out = self._stream.push(ids[:-1] if self.finish else ids)
-        if self._stream.stopped:
-            self.finish = "stop"
-        return out + self._stream.finish() if self.finish == "eos" else out
+        out = ""
+        for i in ids:  # one by one, so that a row ends with the token that a stop string does
+            self.tokens.append(i)
+            if i == self._eos_id:
+                return out + self._stream.finish()
+            out += self._stream.push([i])
+            if self._stream.stopped:
+                self.finish = "stop"
+                break
+        return out
 
     def end(self) -> str:
         """No more tokens: the rest of the output."""
@@ -306,6 +313,10 @@ def run(args: argparse.Namespace) -> None:
     for name in (args.save_memory, args.json):
         if name and name != "-" and not pathlib.Path(name).absolute().parent.is_dir():
             raise FileNotFoundError(f"{name}: its folder does not exist")
+        if name and pathlib.Path(name).is_dir():
+            raise IsADirectoryError(f"{name}: a folder; wanted a file's name")
+    if args.load_memory and args.last_context_length:
+        raise ValueError("--last-context-length with --load-memory: what was read is in memory already; wanted one")
     config = _model(args)
     c = args.last_context_length
     if c is not None and c > config.window:
@@ -324,6 +335,8 @@ def run(args: argparse.Namespace) -> None:
     prompts = prompts or [[]] * saved["rows"]
     if saved["rows"] not in (1, len(prompts)):
         raise ValueError(f"{args.load_memory} has {saved['rows']} rows and there are {len(prompts)} prompts")
+    if args.load_memory:
+        check_model(args.load_memory, saved["model"], config)
     N, B = args.max_new_tokens, len(prompts)
     new = max(map(len, prompts)) + N
     capacity = _capacity(config, args.memory_bytes, B, saved["tokens"] + new)
@@ -454,6 +467,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         print(f"fot-generate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nfot-generate: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -51,7 +51,9 @@ class Sampling:
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value) or not inside(value):
+            # As a program has it: what is above 0 here may be 0 in float32.
+            rounds_to_0 = number and value != 0 and abs(value) < np.finfo(np.float32).tiny
+            if not number or not math.isfinite(np.float32(value)) or not inside(value) or rounds_to_0:
                 raise ValueError(f"{name} is {value}; wanted {wanted}")
         if not isinstance(self.top_k, (int, np.integer)) or not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k is {self.top_k}; wanted a whole number of at least 0 (0: no limit)")

@@ -6,12 +6,14 @@ metadata which model they belong to and a checksum.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -46,8 +48,8 @@ def fingerprint(config: ModelConfig, params: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(fields)), "parameters": sha.hexdigest()[:16]}
 
 
-def _checksum(tensors: dict[str, np.ndarray]) -> str:
-    crc = 0
+def _checksum(tensors: dict[str, np.ndarray], model: str) -> str:
+    crc = zlib.crc32(model.encode())
     for name in sorted(tensors):
         crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
@@ -75,12 +77,14 @@ def save_reader(path: str | os.PathLike, config: ModelConfig, params: Any, reade
     metadata = {
         "format": FORMAT,
         "model": json.dumps(fingerprint(config, params)),
-        "checksum": _checksum(tensors),
     }
+    metadata["checksum"] = _checksum(tensors, metadata["model"])
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, beside, metadata)
         os.replace(beside, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"saved memory {path}: cannot be written ({error})") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -105,9 +109,38 @@ def check_saved(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: no such file.
         SavedMemoryError: not a saved memory, or a damaged one.
     """
-    with _opened(path) as file:
+    with _opened(path) as file, _damaged(path):
         tokens = file.get_tensor("memory.length_B") + file.get_tensor("local.length_B")
-        return {"rows": len(tokens), "tokens": int(tokens.max()), "model": json.loads(file.metadata()["model"])}
+        model = json.loads(file.metadata()["model"])
+        if not isinstance(model, dict) or tokens.ndim != 1:
+            raise ValueError("no description of a model and of rows")
+        return {"rows": len(tokens), "tokens": int(tokens.max()), "model": model}
+
+
+@contextlib.contextmanager
+def _damaged(path: str | os.PathLike) -> Iterator[None]:
+    try:
+        yield
+    except SavedMemoryError:
+        raise
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise SavedMemoryError(f"saved memory {path}: damaged ({type(error).__name__}: {error})") from error
+
+
+def check_model(path: str | os.PathLike, theirs: dict[str, Any], config: ModelConfig, params: Any = None) -> None:
+    """Refuses a saved memory of another model: SavedMemoryError names what differs.
+
+    Args:
+        theirs: the fingerprint in the file.
+        params: None compares configurations alone.
+    """
+    ours = fingerprint(config, params)
+    for name in [*sorted({*theirs, *ours} - {"parameters"}), *(["parameters"] if params is not None else [])]:
+        if theirs.get(name) != ours.get(name):
+            raise SavedMemoryError(
+                f"saved memory {path}: it is of another model: its {name} is {theirs.get(name)}, "
+                f"the model's {ours.get(name)}"
+            )
 
 
 def _opened(path: str | os.PathLike) -> Any:
@@ -149,13 +182,7 @@ def load_reader(
         ValueError: rows that it does not have; no room in `memory_capacity`.
     """
     head = check_saved(path)
-    theirs, ours = head["model"], fingerprint(config, params)
-    for name in sorted({*theirs, *ours} - {"parameters"}) + ["parameters"]:
-        if theirs.get(name) != ours.get(name):
-            raise SavedMemoryError(
-                f"saved memory {path}: it is of another model: its {name} is {theirs.get(name)}, "
-                f"the model's {ours.get(name)}"
-            )
+    check_model(path, head["model"], config, params)
     if rows is not None and rows != head["rows"] != 1:
         raise ValueError(f"saved memory {path}: it has {head['rows']} rows; wanted {rows}, or 1 to be copied")
     needed = head["tokens"] + room
@@ -164,14 +191,10 @@ def load_reader(
             f"saved memory {path}: {head['tokens']} tokens and {room} new ones need a memory of {needed} slots; "
             f"memory_capacity is {memory_capacity}"
         )
-    with _opened(path) as file:
-        try:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except safetensors.SafetensorError as error:
-            raise SavedMemoryError(f"saved memory {path}: damaged ({error})") from error
-        checksum = file.metadata()["checksum"]
-    if _checksum(tensors) != checksum:
-        raise SavedMemoryError(f"saved memory {path}: damaged (its checksum is not that of its contents)")
+    with _opened(path) as file, _damaged(path):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _checksum(tensors, file.metadata()["model"]) != file.metadata()["checksum"]:
+            raise ValueError("its checksum is not that of its contents")
     rows = head["rows"] if rows is None else rows
     copied = {name: np.repeat(x, rows, axis=0) if len(x) != rows else x for name, x in tensors.items()}
     empty = new_reader(config, rows, memory_capacity or memory_tokens(config, rows, needed))
