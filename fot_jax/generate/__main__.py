@@ -442,7 +442,7 @@ def _write(
     if N:
         printed = _write_over(rows, [row.end() for row in rows], outputs, printed, silent)
         if len(rows) == 1 and not silent:
-            print()
+            print(flush=True)  # before the rates on stderr
     return reader, first
 
 
