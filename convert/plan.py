@@ -182,13 +182,16 @@ def make_plan(
         mem_layers=config.mem_layers if memory_layers is None else memory_layers,
         n_kv_heads=config.n_kv_heads * repeat,
     )
-    if to == "hf":
-        _check_published(config)
-    elif to == "hf-llama":
-        config_lib.to_hf_llama(config)
+    try:
+        if to == "hf":
+            _check_published(config)
+        elif to == "hf-llama":
+            config_lib.to_hf_llama(config)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
 
-    targets = {(e.part, e.layer): e for e in table(OURS if to == "orbax" else hf.LAYOUT, config)}
     entries = source.entries()
+    targets = {(e.part, e.layer): e for e in table(OURS if to == "orbax" else hf.LAYOUT, config)}
     # A stack of layers has one dtype: the one that holds all of theirs.
     joint: dict[tuple[str, ...], set[np.dtype]] = {}
     for entry, tensor in entries:
