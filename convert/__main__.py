@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fot-convert: {shown}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
-        print("fot-convert: interrupted; what DST was before, it is", file=sys.stderr)
+        print("fot-convert: interrupted; DST is what it was, or complete", file=sys.stderr)
         return EXIT_ERROR
 
 
@@ -159,7 +159,10 @@ def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwr
         raise ValueError(f"{destination} holds the source, {source}; wanted another directory")
     for what in ("partial", "replaced"):
         for left in destination.parent.glob(f".{destination.name}.{what}-*"):
-            print(f"{'left over':14s} {left}, of a conversion that was killed or is running; remove it if it is not")
+            said = (
+                "remove it" if what == "partial" or destination.exists() else f"it is what {destination} was: rename it"
+            )
+            print(f"{'left over':14s} {left}, of a conversion that is running or was killed; if it was, {said}")
     existing = next(parent for parent in destination.parents if parent.exists())
     return shutil.disk_usage(existing).free
 

@@ -233,6 +233,16 @@ def test_numbers_that_are_not_finite_are_not_verified(tmp_path, saved, capsys):
     assert "verified       NO" in capsys.readouterr().out
 
 
+def test_a_model_that_computes_in_another_dtype_is_verified(tmp_path):
+    config = PLAIN.replace(mem_positionals=False, dtypes=DtypePolicy("float32", "bfloat16", "bfloat16"))
+    params = jax.tree.map(jnp.asarray, random_params(config))
+    run = fot_jax.checkpoint.Checkpoints(tmp_path / "w", config, save_every=1, keep_last=1)
+    run.save(1, params, {"step": jnp.int32(1)}, {}, {})
+    run.close()
+    for to in planning.TARGETS:
+        convert(tmp_path / "w", tmp_path / to, "--to", to, "--verify")
+
+
 def test_verification_reads_the_configuration_too(tmp_path, saved, monkeypatch, capsys):
     source, _ = saved(LONG)
     write_config = hf.write_config
@@ -312,7 +322,7 @@ def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, nu
         convert(source, tmp_path / "x", "--to", "orbax", fails=2)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "interrupted; what DST was before, it is" in capsys.readouterr().err
+    assert "interrupted; DST is what it was, or complete" in capsys.readouterr().err
     assert names(tmp_path) == ["source"]
 
 

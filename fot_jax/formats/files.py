@@ -50,13 +50,15 @@ def put_in_place(partial: pathlib.Path, directory: str | os.PathLike) -> None:
     directory = pathlib.Path(os.path.abspath(directory))
     if directory.exists():
         old = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
-        directory.rename(old)
         try:
+            directory.rename(old)
             partial.rename(directory)
         except BaseException:
-            old.rename(directory)
+            if old.exists() and not directory.exists():
+                old.rename(directory)
             raise
-        shutil.rmtree(old)
+        sync(directory.parent)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(directory)
     sync(directory.parent)
