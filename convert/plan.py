@@ -11,7 +11,7 @@ import numpy as np
 from fot_jax import config as config_lib
 from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
 from fot_jax.formats import hf
-from fot_jax.formats.layout import LAYER, OURS, TOP, Entry, table
+from fot_jax.formats.layout import AXES, OURS, Entry, table
 from fot_jax.formats.source import Source, Tensor, cast
 
 TARGETS = ("orbax", "hf", "hf-llama")
@@ -24,13 +24,15 @@ class Piece:
     """One tensor on its way.
 
     Attributes:
-        source: the tensor, and its place in our tree.
+        entry: the tensor's place in the source's tree.
+        tensor: the tensor.
         target: its place in the result.
         dtype: what it is stored in.
         repeat: how many times each key/value head is written.
     """
 
-    source: tuple[Entry, Tensor]
+    entry: Entry
+    tensor: Tensor
     target: Entry
     dtype: np.dtype
     repeat: int = 1
@@ -40,10 +42,14 @@ class Piece:
         """Bytes in the result."""
         return math.prod(self.target.shape) * self.dtype.itemsize
 
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes in the source, as it is read."""
+        return math.prod(self.tensor.shape) * self.tensor.dtype.itemsize
+
     def read(self) -> np.ndarray:
         """The tensor in our orientation, heads repeated, in the dtype it is stored in."""
-        entry, tensor = self.source
-        array = cast(entry.to_ours(tensor.read()), self.dtype, entry.name)
+        array = cast(self.entry.to_ours(self.tensor.read()), self.dtype, self.entry.name)
         return array if self.repeat == 1 else np.repeat(array, self.repeat, axis=1)
 
 
@@ -75,15 +81,14 @@ class Plan:
         """Memory needed beyond mapped files: a tensor as it is read, in our orientation and in the result's; of our
         own checkpoints a whole leaf, where its layers lie in one piece.
         """
-        read = max(math.prod(tensor.shape) * tensor.dtype.itemsize for _, tensor in (p.source for p in self.pieces))
+        read = max(piece.source_nbytes for piece in self.pieces)
         written = max(piece.nbytes for piece in self.pieces)
         return _PROCESS_BYTES + 2 * read + 2 * written + (self._largest_leaf() if self.source.layout is OURS else 0)
 
     def _largest_leaf(self) -> int:
         sizes: dict[tuple[str, ...], int] = {}
         for piece in self.pieces:
-            entry, tensor = piece.source
-            sizes[entry.path] = sizes.get(entry.path, 0) + math.prod(tensor.shape) * tensor.dtype.itemsize
+            sizes[piece.entry.path] = sizes.get(piece.entry.path, 0) + piece.source_nbytes
         return max(sizes.values())
 
     def summary(self) -> dict[str, Any]:
@@ -92,7 +97,7 @@ class Plan:
         def by_dtype(sizes: list[tuple[str, int]]) -> dict[str, int]:
             return {name: sum(n for other, n in sizes if other == name) for name in sorted({name for name, _ in sizes})}
 
-        found = [(t.dtype.name, math.prod(t.shape) * t.dtype.itemsize) for _, t in (p.source for p in self.pieces)]
+        found = [(piece.tensor.dtype.name, piece.source_nbytes) for piece in self.pieces]
         c = self.config
         return {
             "source": str(self.source.path),
@@ -206,7 +211,7 @@ def make_plan(
     for entry, tensor in entries:
         target = targets[entry.part, entry.layer]
         times = repeat if entry.part in ("attention/k", "attention/v") else 1
-        pieces.append(Piece((entry, tensor), target, stored(target, tensor), times))
+        pieces.append(Piece(entry, tensor, target, stored(target, tensor), times))
     return Plan(source, to, config, tuple(pieces), dtype)
 
 
@@ -235,4 +240,4 @@ def _check_published(config: ModelConfig) -> None:
 
 
 # Every part has its place: a part that is added to one table only would be lost here.
-assert set(OURS.names) == {*TOP, *LAYER} == set(hf.LAYOUT.names)
+assert set(OURS.names) == set(AXES) == set(hf.LAYOUT.names)

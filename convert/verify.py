@@ -12,9 +12,9 @@ import numpy as np
 
 from convert.plan import Plan
 from fot_jax import formats, model
+from fot_jax.checkpoint import first_line
 from fot_jax.config import DtypePolicy
 from fot_jax.formats import gguf, hf
-from fot_jax.formats.layout import leaf_shapes, nest
 from fot_jax.formats.source import Source, read_params
 
 ROWS, TOKENS = 2, 64
@@ -103,7 +103,7 @@ def verify(plan: Plan, directory: pathlib.Path, tolerance: float | None = None) 
     vocab, length = plan.config.vocab_size, min(TOKENS, plan.config.window)
     tokens_BT = np.random.default_rng(0).integers(0, vocab, (ROWS, length), dtype=np.int32)
     reference, independent, wanted = _reference(plan.source, tokens_BT)
-    rounded = any(piece.dtype != tensor.dtype for piece in plan.pieces for _, tensor in [piece.source])
+    rounded = any(piece.dtype != piece.tensor.dtype for piece in plan.pieces)
     exact = _ours(plan.source, tokens_BT) if independent and rounded else wanted
     found = _ours(result, tokens_BT)
     difference = np.abs(found - wanted)
@@ -147,7 +147,7 @@ def _compare_tensors(plan: Plan, result: Source) -> tuple[str, float]:
         wanted = piece.read()
         if wanted.tobytes() != np.ascontiguousarray(found).tobytes():
             difference = float(np.max(np.abs(found.astype(np.float64) - wanted.astype(np.float64))))
-            worst = max(worst, (piece.source[0].name, difference or 5e-324), key=lambda x: (np.isnan(x[1]), x[1]))
+            worst = max(worst, (piece.entry.name, difference or 5e-324), key=lambda x: (np.isnan(x[1]), x[1]))
     return worst
 
 
@@ -162,8 +162,7 @@ def _reference(source: Source, tokens_BT: np.ndarray) -> tuple[str, bool, np.nda
         except ImportError:
             reason = " (transformers is not installed)"
         except Exception as error:  # of whatever kind: transformers and its packages have their own
-            first = (str(error).strip().splitlines() or [""])[0]
-            reason = f" (transformers does not read it: {type(error).__name__}: {first[:200]})"
+            reason = f" (transformers does not read it: {first_line(error)})"
     return f"our forward pass{reason}", False, _ours(source, tokens_BT)
 
 
@@ -186,7 +185,6 @@ def _transformers(source: Source, tokens_BT: np.ndarray) -> tuple[str, np.ndarra
 
 def _ours(source: Source, tokens_BT: np.ndarray) -> np.ndarray:
     config = source.config.replace(dtypes=DtypePolicy())
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = read_params(source, config, shardings=nest(dict.fromkeys(leaf_shapes(config), one)))
+    params = read_params(source, config, shardings=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
     forward = jax.jit(lambda p, t: model.logits(config, p, model.forward(config, p, t)))
     return np.asarray(forward(params, jnp.asarray(tokens_BT)))

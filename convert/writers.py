@@ -5,13 +5,11 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
-
 from convert.plan import Plan
 from fot_jax import checkpoint
 from fot_jax import config as config_lib
 from fot_jax.formats import files, hf
-from fot_jax.formats.layout import table
+from fot_jax.formats.layout import leaf_shapes, table
 
 
 def write(plan: Plan, directory: pathlib.Path, progress: Callable[[int], None] = lambda nbytes: None) -> list[str]:
@@ -35,11 +33,8 @@ def write(plan: Plan, directory: pathlib.Path, progress: Callable[[int], None] =
 
 
 def _write_orbax(plan: Plan, directory: pathlib.Path, progress: Callable[[int], None]) -> None:
-    leaves: dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype, int]] = {}
-    for piece in sorted(plan.pieces, key=lambda piece: piece.target.stack):
-        entry = piece.target
-        stacked = tuple(i + 1 for i in entry.stack)
-        leaves[entry.path] = stacked + entry.shape, piece.dtype, len(stacked)
+    shapes = leaf_shapes(plan.config)
+    leaves = {p.target.path: (shapes[p.target.path], p.dtype, len(p.target.stack)) for p in plan.pieces}
     writer = checkpoint.ParamsWriter(directory, plan.config, leaves)
     for piece in plan.pieces:
         writer.write(piece.target.path, piece.target.stack, piece.read())

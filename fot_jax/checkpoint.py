@@ -222,7 +222,7 @@ class Checkpoints:
         whole = steps(self.directory.parent)
         left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint exists"
         return CheckpointError(
-            f"saving step {step} to {self.directory / str(step)} failed: {_first_line(error)}; {left}. "
+            f"saving step {step} to {self.directory / str(step)} failed: {first_line(error)}; {left}. "
             "Make room or repair the disk, then run the same command to resume."
         )
 
@@ -285,7 +285,7 @@ def _metadata(path: pathlib.Path, *wanted: str) -> dict[str, PyTree]:
         with _context():
             parts = dict(ocp.checkpointables_metadata(path).metadata)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        raise _damaged(path, _first_line(error)) from error
+        raise _damaged(path, first_line(error)) from error
     if missing := [part for part in wanted if parts.get(part) is None]:
         raise _damaged(path, f"no readable description of {' and '.join(missing)}")
     return parts
@@ -301,18 +301,18 @@ def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
         with _context():
             return ocp.load_checkpointables(path, wanted)
     except Exception as error:
-        raise _damaged(path, _first_line(error.__cause__ or error)) from error
+        raise _damaged(path, first_line(error.__cause__ or error)) from error
 
 
 class ParamsWriter:
     """Writes the parameters of a model into a working directory a piece at a time, for checkpoints that are converted.
 
-    Orbax saves whole trees only: fed leaf by leaf (its partial saving) it still holds several copies of a leaf. So the
+    Orbax saves whole trees only: fed leaf by leaf (its partial saving) it still holds three copies of a leaf. So the
     arrays are written in its layout (Zarr 3, no OCDBT) with TensorStore, a chunk a layer, and its description of them
     last; Orbax writes the rest, and reads all of it like any other checkpoint.
 
     Args:
-        workdir: directory to make; not yet there.
+        workdir: an empty directory, or one to make.
         config: written to `model.json`.
         leaves: path in the tree -> (shape, dtype, number of leading dimensions that stack layers).
 
@@ -356,7 +356,7 @@ class ParamsWriter:
         try:
             return future.result()
         except ValueError as error:  # how TensorStore says that a write failed
-            raise OSError(f"{self._params}: cannot be written ({_first_line(error)})") from error
+            raise OSError(f"{self._params}: cannot be written ({first_line(error)})") from error
 
     def write(self, path: tuple[str, ...], stack: tuple[int, ...], array: np.ndarray) -> None:
         """Writes one layer of a leaf (`stack` says which; () for a leaf that is not stacked), once."""
@@ -419,7 +419,7 @@ class ParamsReader:
             flags = json.loads((self._path / "params" / "_METADATA").read_text())
             self._ocdbt, self._zarr3 = bool(flags["use_ocdbt"]), bool(flags["use_zarr3"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(self._path, _first_line(error)) from error
+            raise _damaged(self._path, first_line(error)) from error
         self._open: tuple[tuple[str, ...], Any] | None = None
         self._sums: dict[tuple[str, ...], dict[tuple[int, ...], int]] = {path: {} for path in self.leaves}
 
@@ -456,7 +456,7 @@ class ParamsReader:
         try:
             array = self._array(path, len(stack))[stack].read().result()
         except Exception as error:  # TensorStore raises many kinds
-            raise _damaged(self._path, f"{'.'.join(path)}: {_first_line(error)}") from error
+            raise _damaged(self._path, f"{'.'.join(path)}: {first_line(error)}") from error
         sums, name = self._sums[path], f"params.{'.'.join(path)}"
         sums[stack] = bit_sum(array)
         whole = len(sums) == math.prod(self.leaves[path][0][: len(stack)])
@@ -509,5 +509,6 @@ def _damaged(path: pathlib.Path, what: str) -> CheckpointError:
     return CheckpointError(f"the checkpoint {path} is damaged: {what}. Remove that folder to {go_on}.")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message, for messages of one line."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:400]}"

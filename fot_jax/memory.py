@@ -18,14 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import attention
-from fot_jax.config import ModelConfig
+from fot_jax.config import MAX_SIZE, ModelConfig
 
 Array = jax.Array
 
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
 COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
 FIRST_PAGE_BYTES = 2**22  # of keys of a layer: less is read so fast that smaller pages would save nothing
-INT32_MAX = 2**31 - 1
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "length_B"], meta_fields=[])
@@ -95,8 +94,8 @@ class Pages:
 
 
 def _check_capacity(capacity: int) -> None:
-    if not 0 <= capacity <= INT32_MAX:
-        raise ValueError(f"memory capacity is {capacity} tokens; wanted 0..{INT32_MAX}")
+    if not 0 <= capacity <= MAX_SIZE:
+        raise ValueError(f"memory capacity is {capacity} tokens; wanted 0..{MAX_SIZE}")
 
 
 def init_cache(config: ModelConfig, batch: int, layers: int, capacity: int, dtype: str) -> Cache:

@@ -11,7 +11,6 @@ import jax
 from fot_jax import formats
 from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
 from fot_jax.formats import hf
-from fot_jax.formats.layout import leaf_shapes, nest
 from fot_jax.formats.source import read_params
 
 PyTree = Any
@@ -50,10 +49,8 @@ def load_pretrained(
     config = source.config
     if dtype is not None:
         config = config.replace(dtypes=DtypePolicy(params=dtype, compute=dtype, memory=config.dtypes.memory))
-    if shardings is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return config, read_params(source, config, shardings=nest(dict.fromkeys(leaf_shapes(config), one)))
-    return config, read_params(source, config, shardings=shardings(config))
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return config, read_params(source, config, shardings=shardings(config) if shardings else first)
 
 
 def save_pretrained(path: str | os.PathLike, config: ModelConfig, params: Mapping[str, Any]) -> None:

@@ -205,15 +205,15 @@ def read_model(path: str | os.PathLike) -> ModelConfig:
     """The configuration of the model in a checkpoint of any format; parameters become float32."""
     if (pathlib.Path(path) / "model.json").is_file() and not checkpoint.is_workdir(path):
         raise checkpoint.CheckpointError(f"{path} is a working directory without a checkpoint; wanted one with")
-    base = formats.open_checkpoint(path).config
+    base = checkpoint.read_model(path) if checkpoint.is_workdir(path) else formats.open_checkpoint(path).config
     return base.replace(dtypes=dataclasses.replace(base.dtypes, params="float32"))
 
 
-def starting_model(path: str | os.PathLike, wanted: ModelConfig) -> ModelConfig:
-    """The configuration of the parameters that `starting_params` gives: memory layers as wanted, if there are as many
-    layers.
+def starting_model(found: ModelConfig, wanted: ModelConfig) -> ModelConfig:
+    """The configuration of the parameters that `starting_params` gives of the model `found`: memory layers as wanted,
+    if there are as many layers.
     """
-    found = read_model(path).replace(dtypes=wanted.dtypes)
+    found = found.replace(dtypes=wanted.dtypes)
     return found.replace(mem_layers=wanted.mem_layers) if found.n_layers == wanted.n_layers else found
 
 

@@ -308,14 +308,15 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     run_config.check_config(config)
     mesh = sharding.make_mesh({axis: size for axis, size in config.mesh.items() if size})
     source = workdir if checkpoint.is_workdir(workdir) else config.init_from
-    model_config = run_config.model_config(config, run_config.read_model(source) if source else None)
+    pretrained = run_config.read_model(source) if source else None
+    model_config = run_config.model_config(config, pretrained)
     run_config.check_batch(config, model_config, mesh.shape)
     wanted = model.abstract_params(model_config)
     sharding.param_shardings(mesh, wanted)
     if source == workdir:
         checkpoint.check_same_model(workdir, model_config)
     elif source:
-        found = model.abstract_params(run_config.starting_model(source, model_config))
+        found = model.abstract_params(run_config.starting_model(pretrained, model_config))
         checkpoint.check_shapes(source, "params", found, wanted)
     return model_config, mesh
 

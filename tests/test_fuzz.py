@@ -109,21 +109,13 @@ def flip_or_cut(whole, tmp_path, layout, data):
 LAYOUTS = ("single", "sharded", "bin", "ours")
 
 
+@pytest.mark.parametrize("number", [40, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_damaged_files(whole, tmp_path, layout):
+def test_damaged_files(whole, tmp_path, layout, number):
     if not (whole / layout).exists():
         pytest.skip("torch is not installed")
     run = given(st.data())(lambda data: flip_or_cut(whole, tmp_path, layout, data))
-    settings(max_examples=40, **FEW)(run)()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_damaged_files_by_the_thousand(whole, tmp_path, layout):
-    if not (whole / layout).exists():
-        pytest.skip("torch is not installed")
-    run = given(st.data())(lambda data: flip_or_cut(whole, tmp_path, layout, data))
-    settings(max_examples=1500, **FEW)(run)()
+    settings(max_examples=number, **FEW)(run)()
 
 
 VALUES = st.recursive(

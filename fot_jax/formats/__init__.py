@@ -46,8 +46,8 @@ def open_checkpoint(
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if _magic(path) == b"GGUF" else []
     if len(ggufs) == 1:
         return _in_its_dtype(gguf.open_file(ggufs[0], window=window))
-    if easylm.find(path):
-        return _in_its_dtype(easylm.open_checkpoint(path, size=size, window=window))
+    if streamed := easylm.find(path):
+        return _in_its_dtype(easylm.open_checkpoint(streamed, size=size, window=window))
     if path.is_file():
         raise ValueError(
             f"{path}: begins with {_magic(path)!r}, no checkpoint this project knows as a single file; wanted GGUF, "

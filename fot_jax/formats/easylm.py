@@ -17,14 +17,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from fot_jax.config import SIZES, ModelConfig
 from fot_jax.formats import files, pickles
 from fot_jax.formats.fields import Fields, read_json
 from fot_jax.formats.layout import Layout, table
-from fot_jax.formats.source import Source, Tensor
+from fot_jax.formats.mapped import Cursor
+from fot_jax.formats.source import FLOATS, Source, Tensor
 
 LAYOUT = Layout(
     "EasyLM",
@@ -48,9 +48,7 @@ LAYOUT = Layout(
 
 # What a training state (streaming_train_state) holds beside the parameters.
 _NOT_PARAMETERS = ("opt_state", "step")
-_DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")} | {
-    "bfloat16": np.dtype(ml_dtypes.bfloat16)
-}
+_DTYPES = {dtype.name: dtype for dtype in FLOATS}
 
 
 def open_checkpoint(path: str | os.PathLike, *, size: ModelConfig | None = None, window: int | None = None) -> Source:
@@ -124,9 +122,8 @@ class _Piece:
 
 def _index(path: pathlib.Path) -> dict[str, Tensor]:
     """Tensors by name; one pass over the file's headers."""
-    with path.open("rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    cursor = _Cursor(path, data)
+    cursor = _Cursor(path)
+    data = cursor.data
     out: dict[str, Tensor] = {}
     seen: dict[tuple[str, ...], int] = {}
     while cursor.at < len(data):
@@ -215,19 +212,11 @@ def _chunks(cursor: _Cursor) -> tuple[tuple[int, ...], list[_Piece]]:
     return shape, pieces
 
 
-class _Cursor:
+class _Cursor(Cursor):
     """A place in a msgpack file; reads heads of objects, never what long ones hold.
 
     Every method raises ValueError with the file and the byte where something else is than it reads.
     """
-
-    def __init__(self, path: pathlib.Path, data: mmap.mmap):
-        self.path = path
-        self.data = data
-        self.at = 0
-
-    def error(self, at: int, found: str, wanted: str) -> ValueError:
-        return ValueError(f"{self.path}: byte {at}: {found}; wanted {wanted}")
 
     def _number(self, size: int) -> int:
         if self.at + size > len(self.data):

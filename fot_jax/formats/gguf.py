@@ -8,7 +8,6 @@ error; the package gguf knows the number types and dequantises.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import pathlib
 import struct
@@ -20,6 +19,7 @@ import numpy as np
 from fot_jax.config import ModelConfig
 from fot_jax.formats.fields import Fields
 from fot_jax.formats.layout import Layout
+from fot_jax.formats.mapped import Cursor
 from fot_jax.formats.source import Source, Tensor
 
 LAYOUT = Layout(
@@ -77,11 +77,9 @@ def open_file(path: str | os.PathLike, *, window: int | None = None) -> Source:
         import gguf
     except ImportError as error:
         raise ImportError(f"{path}: reading GGUF needs the package gguf; pip install 'fot-jax[convert]'") from error
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size < 24:
-            raise ValueError(f"{path}: shorter than a GGUF header; wanted 24 bytes at least")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    cursor = _Cursor(path, data)
+    if path.stat().st_size < 24:
+        raise ValueError(f"{path}: shorter than a GGUF header; wanted 24 bytes at least")
+    cursor = _Cursor(path)
     values, n_tensors = _read_metadata(cursor)
     fields = Fields(path, values)
     _check_supported(fields)
@@ -96,16 +94,8 @@ def open_file(path: str | os.PathLike, *, window: int | None = None) -> Source:
 # The file
 
 
-class _Cursor:
+class _Cursor(Cursor):
     """A place in the file. Every method raises ValueError where the file ends before what it reads."""
-
-    def __init__(self, path: pathlib.Path, data: mmap.mmap):
-        self.path = path
-        self.data = data
-        self.at = 0
-
-    def error(self, at: int, found: str, wanted: str) -> ValueError:
-        return ValueError(f"{self.path}: byte {at}: {found}; wanted {wanted}")
 
     def skip(self, size: int, what: str) -> int:
         """Where `size` bytes begin that are then behind the cursor."""

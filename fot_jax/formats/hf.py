@@ -86,15 +86,17 @@ def _tensors(directory: pathlib.Path) -> dict[str, Tensor]:
         if single.exists():
             return read(single)
         if index.exists():
-            return _join(index, {file: read(directory / file) for file in _read_index(index)})
+            listed = _read_index(index)
+            return _join(index, listed, {file: read(directory / file) for file in listed})
     raise FileNotFoundError(
         f"{directory}: no checkpoint; wanted model.safetensors, pytorch_model.bin, or shards of one with an index"
     )
 
 
-def _join(index: pathlib.Path, shards: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+def _join(index: pathlib.Path, listed: dict[str, set[str]], shards: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all shards, each where the index says that it is, and once."""
     out: dict[str, Tensor] = {}
-    for file, names in _read_index(index).items():
+    for file, names in listed.items():
         if absent := names - set(shards[file]):
             raise ValueError(f"{index.parent / file}: tensor {min(absent)} missing; {index.name} says it is there")
         for name, tensor in shards[file].items():

@@ -32,6 +32,7 @@ LAYER = {
     "mlp/up": "D F",
     "mlp/down": "F D",
 }
+AXES = {**TOP, **LAYER}
 ROTATED = ("attention/q", "attention/k")
 
 
@@ -61,7 +62,7 @@ class Entry:
     Attributes:
         layout: the format.
         name: the tensor's name there.
-        part: what it is, a key of `TOP` or `LAYER`.
+        part: what it is, a key of `AXES`.
         layer: whose, counted from 0; None for a part of the whole model.
         path: keys of the leaf in our tree.
         stack: index of this layer in the leaf's leading dimensions; () for a leaf that is not stacked.
@@ -79,7 +80,7 @@ class Entry:
     @property
     def _inputs(self) -> int:
         """How many of `shape`'s dimensions are the matrix's inputs; 0 where the tensor is kept as it is."""
-        inputs, blank, _ = {**TOP, **LAYER}[self.part].partition(" ")
+        inputs, blank, _ = AXES[self.part].partition(" ")
         return len(inputs) if blank and self.layout.outputs_first is not None else 0
 
     @property
@@ -127,12 +128,12 @@ def table(layout: Layout, config: ModelConfig) -> tuple[Entry, ...]:
     def entry(part: str, layer: int | None, path: str, stack: tuple[int, ...]) -> Entry:
         if part not in layout.names:
             raise ValueError(f"{layout.format} has no place for {part}, which this model has")
-        shape = tuple(sizes[axis] for axis in {**TOP, **LAYER}[part].replace(" ", ""))
+        shape = tuple(sizes[axis] for axis in AXES[part].replace(" ", ""))
         return Entry(layout, layout.names[part].format(layer), part, layer, tuple(path.split("/")), stack, shape)
 
+    parts = [part for part in LAYER if part != "attention/temperature" or config.qk_norm]
     out = [entry("embed/embedding", None, "embed/embedding", ())]
     for segment, layer, kind, stack in _places(config):
-        parts = [part for part in LAYER if part != "attention/temperature" or config.qk_norm]
         out += [entry(part, layer, f"segment_{segment}/{kind}/{part}", stack) for part in parts]
     out.append(entry("norm/scale", None, "norm/scale", ()))
     return (*out, entry("head/kernel", None, "head/kernel", ())) if not config.tie_embeddings else tuple(out)

@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fot_jax.checkpoint import first_line
 from fot_jax.formats.source import Tensor
 
 MAX_UNMAPPED_BYTES = 2**31
@@ -32,16 +33,16 @@ def read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
         raise ImportError(
             f"{path}: reading pickled checkpoints needs torch; install it, or store safetensors"
         ) from error
-    if not zipfile.is_zipfile(path) and path.stat().st_size > MAX_UNMAPPED_BYTES:
+    mapped = zipfile.is_zipfile(path)  # what torch.save writes since 1.6
+    if not mapped and path.stat().st_size > MAX_UNMAPPED_BYTES:
         raise ValueError(
             f"{path}: written by torch before 1.6, which cannot be mapped, and of {path.stat().st_size:,} bytes; "
             f"wanted at most {MAX_UNMAPPED_BYTES:,}: save it anew with a later torch, or as safetensors"
         )
     try:
-        # Only zip files, what torch.save writes since 1.6, can be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises pickle, zip, runtime, value, key and end-of-file errors alike
-        raise ValueError(f"{path}: not a pickled checkpoint, or a damaged one ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a pickled checkpoint, or a damaged one ({first_line(error)})") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: holds a {type(state).__name__}; wanted tensors by name")
     dtypes = {torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
@@ -111,8 +112,4 @@ def read_values(path: pathlib.Path) -> Any:
                 raise pickle.UnpicklingError(f"it numbers an object {argument}")
         return _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path}: not a pickle of plain values, or a damaged one ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
+        raise ValueError(f"{path}: not a pickle of plain values, or a damaged one ({first_line(error)})") from error

@@ -137,15 +137,15 @@ def read_params(
     source: Source,
     config: ModelConfig | None = None,
     dtype: str | None = None,
-    shardings: Mapping[str, Any] | None = None,
+    shardings: Any = None,
 ) -> dict[str, Any]:
     """All parameters in our tree.
 
     Args:
         config: the model wanted, by default the source's own; memory layers may be others.
         dtype: of the arrays; None stands for `config.dtypes.params`.
-        shardings: where the arrays shall lie, shaped like the tree. A host then holds no more than one leaf's part of
-            its own devices, and one tensor.
+        shardings: where the arrays shall lie: a tree shaped like params, or one sharding for all. A host then holds no
+            more than one leaf's part of its own devices, and one tensor.
 
     Returns:
         NumPy arrays, or with `shardings` JAX arrays.
@@ -156,7 +156,7 @@ def read_params(
     config = config or source.config
     dtype_ = np.dtype(dtype or config.dtypes.params)
     if shardings is not None:
-        return nest(dict(_sharded(source, config, dtype_, flatten(shardings))))
+        return nest(dict(_sharded(source, config, dtype_, shardings)))
     leaves = {path: np.empty(shape, dtype_) for path, shape in leaf_shapes(config).items()}
     for entry, array in source.arrays(config):
         leaves[entry.path][entry.stack] = cast(array, dtype_, entry.name)
@@ -164,16 +164,19 @@ def read_params(
 
 
 def _sharded(
-    source: Source, config: ModelConfig, dtype: np.dtype, shardings: Mapping[tuple[str, ...], Any]
+    source: Source, config: ModelConfig, dtype: np.dtype, shardings: Any
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     import jax  # here, because reading itself needs none
 
+    shapes = leaf_shapes(config)
+    one = isinstance(shardings, jax.sharding.Sharding)
+    place = dict.fromkeys(shapes, shardings) if one else flatten(shardings)
     by_leaf: dict[tuple[str, ...], list[tuple[Entry, Tensor]]] = {}
     source.check_tied_head()
     for entry, tensor in source.entries(config):
         by_leaf.setdefault(entry.path, []).append((entry, tensor))
-    for path, shape in leaf_shapes(config).items():
-        places = shardings[path].addressable_devices_indices_map(shape)
+    for path, shape in shapes.items():
+        places = place[path].addressable_devices_indices_map(shape)
         bounds = {device: tuple(part.indices(n)[:2] for part, n in zip(at, shape)) for device, at in places.items()}
         parts = {b: np.empty([stop - start for start, stop in b], dtype) for b in set(bounds.values())}
         for entry, tensor in by_leaf[path]:
@@ -184,5 +187,5 @@ def _sharded(
                     at = tuple(i - start for i, (start, _) in zip(entry.stack, stack))
                     part[at] = array[tuple(slice(*ends) for ends in within)]
         arrays = [jax.device_put(parts[b], device) for device, b in bounds.items()]
-        leaf = jax.make_array_from_single_device_arrays(shape, shardings[path], arrays)
+        leaf = jax.make_array_from_single_device_arrays(shape, place[path], arrays)
         yield path, jax.block_until_ready(leaf)  # or parts of several leaves would be held

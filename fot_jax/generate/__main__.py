@@ -36,7 +36,7 @@ from fot_jax.generate.saved import check_model, check_saved, load_reader, save_r
 from fot_jax.generate.text import TextStream
 from fot_jax.host import keep_freed_memory
 from fot_jax.pretrained import load_pretrained
-from fot_jax.tokenizer import Tokenizer, open_tokenizer
+from fot_jax.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
 REPORT_SECONDS = 5  # between lines of progress where stderr is no terminal
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -325,11 +325,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = None
     if texts or not args.print_ids:
         tokenizer = open_tokenizer(args.tokenizer or args.model)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {config.vocab_size}; "
-                "wanted no more than that"
-            )
+        check_vocab(tokenizer, config.vocab_size, padded=True)
     prompts = _prompts(args, tokenizer, config)
     saved = check_saved(args.load_memory) if args.load_memory else {"rows": len(prompts), "tokens": 0}
     prompts = prompts or [[]] * saved["rows"]
