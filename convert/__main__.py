@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import glob
+import math
 import os
 import pathlib
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -28,9 +33,10 @@ from absl import logging
 
 from convert import plan as planning
 from convert import writers
-from fot_jax import checkpoint, formats
+from fot_jax import checkpoint, files, formats
 from fot_jax.config import FLOAT_DTYPES, SIZES, named
-from fot_jax.formats import easylm, files
+from fot_jax.formats import easylm
+from fot_jax.host import one_line, row
 
 EXIT_NOT_VERIFIED, EXIT_ERROR = 1, 2
 
@@ -48,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--memory-dtype", choices=FLOAT_DTYPES, help="what memory is kept in (default: the source's)")
     add("--expand-kv-heads", action="store_true", help="repeat key and value heads, one for each query head")
     add("--size", choices=sorted(SIZES), metavar="NAME", help="the model's size, for EasyLM without configuration")
+    add("--no-tokenizer", action="store_true", help="leave out the tokenizer's files")
     add("--window", type=int, metavar="W", help="tokens of the window, where the source does not say it or is wrong")
     add("--verify", action="store_true", help="compare the result with the source; DST appears only if they agree")
     add("--tolerance", type=float, help="of --verify: greatest difference over greatest logit")
@@ -74,18 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--tolerance is of --verify, which is not given")
     if args.plan and args.verify:
         parser.error("--verify reads what --plan does not write; wanted one of them")
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: its folder does not exist")
-    # A conversion has nothing to do on an accelerator, which another process may be using.
-    jax.config.update("jax_platforms", "cpu")
-    logging.set_verbosity(logging.ERROR)  # Orbax has much to say
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        parser.error(f"--tolerance is {args.tolerance}; wanted a number of 0 or more")
+    if args.json and (not args.json.absolute().parent.is_dir() or args.json.is_dir()):
+        parser.error(f"--json {args.json}: wanted a file in a folder that is there")
     try:
-        with _terminated():
+        with _quietly_on_the_cpu(), _terminated():
             return _convert(args)
     except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as error:
-        # Names come from files that anybody may have written: no line breaks, nothing a terminal obeys.
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        print(f"fot-convert: {shown}", file=sys.stderr)
+        print(f"fot-convert: {one_line(error)}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("fot-convert: interrupted; DST is what it was, or complete", file=sys.stderr)
@@ -99,6 +103,8 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--size is for EasyLM's checkpoints; {args.source} is {source.layout.format}'s and says its own"
         )
+    if args.no_tokenizer:
+        source = dataclasses.replace(source, tokenizer=lambda to: [])
     plan = planning.make_plan(
         source,
         args.to,
@@ -108,16 +114,19 @@ def _convert(args: argparse.Namespace) -> int:
         expand_kv_heads=args.expand_kv_heads,
     )
     print(plan.table(), flush=True)
+    if args.plan:
+        with tempfile.TemporaryDirectory() as directory:
+            print(row("tokenizer", ", ".join(writers.write_tokenizer(source, pathlib.Path(directory))) or "none"))
     results = {"plan": plan.summary()}
     if args.destination is not None:
         room = _check_destination(args.destination, plan, overwrite=args.overwrite)
-        print(f"{'disk needed':14s} {planning.size(plan.nbytes)}, {planning.size(room)} are free", flush=True)
+        print(row("disk needed", f"{planning.size(plan.nbytes)}, {planning.size(room)} are free"), flush=True)
         if room < plan.nbytes and not args.plan:
             raise OSError(
                 f"{args.destination}: the result needs {plan.nbytes:,} bytes, the disk has {room:,}; wanted more room"
             )
     else:
-        print(f"{'disk needed':14s} {planning.size(plan.nbytes)}")
+        print(row("disk needed", planning.size(plan.nbytes)))
     passed = True
     if not args.plan:
         with files.beside(args.destination) as partial:
@@ -126,8 +135,8 @@ def _convert(args: argparse.Namespace) -> int:
                 tokenizer = writers.write(plan, partial, progress)
             seconds = time.perf_counter() - start
             results["seconds"], results["bytes"], results["tokenizer"] = seconds, plan.nbytes, tokenizer
-            print(f"{'tokenizer':14s} {', '.join(tokenizer) or 'none found'}")
-            print(f"{'took':14s} {seconds:.1f} s, {planning.size(plan.nbytes / seconds)}/s", flush=True)
+            print(row("tokenizer", ", ".join(tokenizer) or "none"))
+            print(row("took", f"{seconds:.1f} s, {planning.size(plan.nbytes / seconds)}/s"), flush=True)
             if args.verify:
                 from convert.verify import verify
 
@@ -137,11 +146,11 @@ def _convert(args: argparse.Namespace) -> int:
                 results["verify"] = report.as_dict()
             if passed:
                 files.put_in_place(partial, args.destination)
-                print(f"{'written':14s} {args.destination}")
+                print(row("written", args.destination))
             else:
                 print(f"fot-convert: {args.destination} is not written: the result differs", file=sys.stderr)
     if args.json:
-        checkpoint.write_json(args.json, results)
+        files.write_json(args.json, results)
     return 0 if passed else EXIT_NOT_VERIFIED
 
 
@@ -158,27 +167,45 @@ def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwr
     if source.is_relative_to(destination.resolve()):
         raise ValueError(f"{destination} holds the source, {source}; wanted another directory")
     for what in ("partial", "replaced"):
-        for left in destination.parent.glob(f".{destination.name}.{what}-*"):
+        for left in destination.parent.glob(f".{glob.escape(destination.name)}.{what}-*"):
             said = (
                 "remove it" if what == "partial" or destination.exists() else f"it is what {destination} was: rename it"
             )
-            print(f"{'left over':14s} {left}, of a conversion that is running or was killed; if it was, {said}")
+            print(row("left over", f"{left}, of a conversion that is running or was killed; if it was, {said}"))
     existing = next(parent for parent in destination.parents if parent.exists())
     return shutil.disk_usage(existing).free
 
 
 @contextlib.contextmanager
+def _quietly_on_the_cpu() -> Iterator[None]:
+    """A conversion has nothing to do on an accelerator, which another process may be using."""
+    platforms, verbosity = jax.config.jax_platforms, logging.get_verbosity()
+    jax.config.update("jax_platforms", "cpu")
+    logging.set_verbosity(logging.ERROR)  # Orbax has much to say
+    try:
+        yield
+    finally:
+        jax.config.update("jax_platforms", platforms)
+        logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
 def _terminated() -> Iterator[None]:
-    """Makes SIGTERM end the conversion as Ctrl-C does, with nothing left behind."""
+    """Makes SIGTERM and a terminal that is closed end the conversion as Ctrl-C does, with nothing left behind."""
 
     def stop(number, frame):
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only the main thread may handle signals
+    # What is ignored stays so, as under nohup.
+    before = {n: signal.signal(n, stop) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from fot_jax import config as config_lib
-from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
+from fot_jax.config import FLOAT_DTYPES, ModelConfig
 from fot_jax.formats import hf
 from fot_jax.formats.layout import AXES, OURS, Entry, table
 from fot_jax.formats.source import Source, Tensor, cast
+from fot_jax.host import row
 
 TARGETS = ("orbax", "hf", "hf-llama")
 # Python, NumPy, JAX and Orbax loaded.
@@ -63,6 +64,7 @@ class Plan:
         config: the model written.
         pieces: every tensor, in the order of the source.
         dtype: what was asked for; None where dtypes are kept.
+        notes: what the model written does not share with the one read, and nobody may expect.
     """
 
     source: Source
@@ -70,6 +72,7 @@ class Plan:
     config: ModelConfig
     pieces: tuple[Piece, ...]
     dtype: str | None
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +116,7 @@ class Plan:
             "result_bytes": by_dtype([(piece.dtype.name, piece.nbytes) for piece in self.pieces]),
             "disk_bytes": self.nbytes,
             "memory_bytes": self.memory_bytes,
+            "notes": list(self.notes),
         }
 
     def table(self) -> str:
@@ -136,7 +140,8 @@ class Plan:
             "written": sizes(s["result_bytes"]),
             "memory needed": size(s["memory_bytes"]),
         }
-        return "\n".join(f"{name:14s} {value}" for name, value in rows.items())
+        lines = [*rows.items(), *(("note", note) for note in self.notes)]
+        return "\n".join(row(name, value) for name, value in lines)
 
 
 def size(nbytes: int) -> str:
@@ -175,25 +180,29 @@ def make_plan(
         raise ValueError(f"target is {to!r}; wanted one of {', '.join(TARGETS)}")
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(FLOAT_DTYPES)}")
-    config = source.config
-    repeat = config.n_heads // config.n_kv_heads if expand_kv_heads else 1
-    dtypes = DtypePolicy(
-        params=dtype or config.dtypes.params,
-        compute=dtype or config.dtypes.compute,
-        memory=memory_dtype or config.dtypes.memory,
-    )
-    config = config.replace(
-        dtypes=dtypes,
-        mem_layers=config.mem_layers if memory_layers is None else memory_layers,
-        n_kv_heads=config.n_kv_heads * repeat,
-    )
+    if to == "hf-llama" and (memory_layers or memory_dtype):
+        raise ValueError("hf-llama has no memory; wanted no memory layers and no memory dtype, or another target")
+    found = source.with_dtypes(dtype, memory_dtype).config
+    repeat = found.n_heads // found.n_kv_heads if expand_kv_heads else 1
+    config = found.replace(n_kv_heads=found.n_kv_heads * repeat)
+    notes = []
     try:
         if to == "hf":
             _check_published(config)
         elif to == "hf-llama":
-            config_lib.to_hf_llama(config)
+            config_lib.to_hf_llama(config)  # of the source's memory layers: without them it may be another model
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
+    if memory_layers is not None:
+        config = config.replace(mem_layers=memory_layers)
+        if not config.mem_positionals and config.mem_layers != found.mem_layers:
+            notes.append(
+                "mem_positionals is False, so which layers have memory decides where positions are rotated: this is "
+                "another model until it is tuned"
+            )
+    if to != "orbax" and not config_lib.holds_padding(config):
+        notes.append(f"padding token {config.pad_id} is left out: PyTorch refuses one beyond {config.vocab_size} words")
+        config = config.replace(pad_id=None)
 
     entries = source.entries()
     targets = {(e.part, e.layer): e for e in table(OURS if to == "orbax" else hf.LAYOUT, config)}
@@ -212,7 +221,7 @@ def make_plan(
         target = targets[entry.part, entry.layer]
         times = repeat if entry.part in ("attention/k", "attention/v") else 1
         pieces.append(Piece(entry, tensor, target, stored(target, tensor), times))
-    return Plan(source, to, config, tuple(pieces), dtype)
+    return Plan(source, to, config, tuple(pieces), dtype, tuple(notes))
 
 
 def _joint(dtypes: set[np.dtype]) -> np.dtype:

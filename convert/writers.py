@@ -6,10 +6,11 @@ import pathlib
 from collections.abc import Callable
 
 from convert.plan import Plan
-from fot_jax import checkpoint
+from fot_jax import checkpoint, files
 from fot_jax import config as config_lib
-from fot_jax.formats import files, hf
+from fot_jax.formats import hf
 from fot_jax.formats.layout import leaf_shapes, table
+from fot_jax.formats.source import Source
 
 
 def write(plan: Plan, directory: pathlib.Path, progress: Callable[[int], None] = lambda nbytes: None) -> list[str]:
@@ -22,14 +23,23 @@ def write(plan: Plan, directory: pathlib.Path, progress: Callable[[int], None] =
         Names of the tokenizer's files that came along.
 
     Raises:
-        ValueError: damaged data in the source; numbers that the dtype asked for cannot hold.
+        ValueError: a tokenizer that cannot be written, before anything else is; damaged data in the source; numbers
+            that the dtype asked for cannot hold.
         OSError: the disk is full, or the like.
     """
+    tokenizer = write_tokenizer(plan.source, directory)
     plan.source.check_tied_head()
     (_write_orbax if plan.to == "orbax" else _write_hf)(plan, directory, progress)
-    tokenizer = plan.source.tokenizer(directory)
     files.sync(*(path for path in directory.rglob("*")), directory)
     return tokenizer
+
+
+def write_tokenizer(source: Source, directory: pathlib.Path) -> list[str]:
+    """Writes the tokenizer's files; their names. Raises ValueError where it cannot be written."""
+    try:
+        return source.tokenizer(directory)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"{error} (--no-tokenizer converts the model alone)") from error
 
 
 def _write_orbax(plan: Plan, directory: pathlib.Path, progress: Callable[[int], None]) -> None:

@@ -20,7 +20,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
 from typing import Any
@@ -31,6 +30,7 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
+from fot_jax import files
 from fot_jax.config import DtypePolicy, ModelConfig
 
 PyTree = Any
@@ -53,17 +53,9 @@ def _context() -> ocp.Context:
     return context
 
 
-def write_json(path: str | pathlib.Path, value: Any) -> None:
-    """Writes a JSON file beside and renames it, so that no reader and no crash ever sees half of it."""
-    path = pathlib.Path(path)
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2) + "\n")
-    beside.replace(path)
-
-
 def write_model(workdir: str | pathlib.Path, config: ModelConfig) -> None:
     """Writes `model.json`."""
-    write_json(pathlib.Path(workdir) / "model.json", dataclasses.asdict(config))
+    files.write_json(pathlib.Path(workdir) / "model.json", dataclasses.asdict(config))
 
 
 def read_model(workdir: str | pathlib.Path) -> ModelConfig:
@@ -75,9 +67,9 @@ def read_model(workdir: str | pathlib.Path) -> ModelConfig:
     """
     path = pathlib.Path(workdir) / "model.json"
     try:
-        fields = json.loads(path.read_text())
+        fields = files.read_json(path)
         return ModelConfig(**{**fields, "dtypes": DtypePolicy(**fields["dtypes"])})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: not a model configuration ({error})") from error
 
 
@@ -222,7 +214,7 @@ class Checkpoints:
         whole = steps(self.directory.parent)
         left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint exists"
         return CheckpointError(
-            f"saving step {step} to {self.directory / str(step)} failed: {first_line(error)}; {left}. "
+            f"saving step {step} to {self.directory / str(step)} failed: {files.first_line(error)}; {left}. "
             "Make room or repair the disk, then run the same command to resume."
         )
 
@@ -239,6 +231,20 @@ def check_same_model(workdir: str | pathlib.Path, config: ModelConfig) -> None:
     if wrong:
         raise CheckpointError(
             f"{workdir} holds checkpoints of another model: {'; '.join(wrong)}. Use another --workdir for a new model."
+        )
+
+
+def check_resumable(workdir: str | pathlib.Path) -> None:
+    """Raises CheckpointError if the latest checkpoint is one of parameters alone, as a conversion writes."""
+    path = _path(workdir, None)
+    try:
+        sums = files.read_json(path / "run" / "data.json")["bit_sums"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged, which is for `restore` to say
+    if not any(name.startswith("optimizer.") for name in sums):
+        raise CheckpointError(
+            f"{workdir} holds a model's parameters alone, as a conversion writes them, and no training to go on with; "
+            f"wanted --config.init_from={workdir} and another --workdir"
         )
 
 
@@ -285,7 +291,7 @@ def _metadata(path: pathlib.Path, *wanted: str) -> dict[str, PyTree]:
         with _context():
             parts = dict(ocp.checkpointables_metadata(path).metadata)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        raise _damaged(path, first_line(error)) from error
+        raise _damaged(path, files.first_line(error)) from error
     if missing := [part for part in wanted if parts.get(part) is None]:
         raise _damaged(path, f"no readable description of {' and '.join(missing)}")
     return parts
@@ -301,7 +307,7 @@ def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
         with _context():
             return ocp.load_checkpointables(path, wanted)
     except Exception as error:
-        raise _damaged(path, first_line(error.__cause__ or error)) from error
+        raise _damaged(path, files.first_line(error.__cause__ or error)) from error
 
 
 class ParamsWriter:
@@ -335,8 +341,10 @@ class ParamsWriter:
         self._params.mkdir(parents=True)
         for path, (shape, dtype, stacked) in leaves.items():
             chunk = [1] * stacked + list(shape[stacked:])
-            while math.prod(chunk) * np.dtype(dtype).itemsize > _CHUNK_BYTES and max(chunk) % 2 == 0:
-                chunk[chunk.index(max(chunk))] //= 2
+            while math.prod(chunk) * np.dtype(dtype).itemsize > _CHUNK_BYTES:
+                if not (even := [n for n in chunk if n % 2 == 0]):
+                    break
+                chunk[chunk.index(max(even))] //= 2
             metadata = {
                 "shape": list(shape),
                 "data_type": np.dtype(dtype).name,
@@ -356,7 +364,7 @@ class ParamsWriter:
         try:
             return future.result()
         except ValueError as error:  # how TensorStore says that a write failed
-            raise OSError(f"{self._params}: cannot be written ({first_line(error)})") from error
+            raise OSError(f"{self._params}: cannot be written ({files.first_line(error)})") from error
 
     def write(self, path: tuple[str, ...], stack: tuple[int, ...], array: np.ndarray) -> None:
         """Writes one layer of a leaf (`stack` says which; () for a leaf that is not stacked), once."""
@@ -377,7 +385,7 @@ class ParamsWriter:
             for path in self._arrays
         }
         flags = {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
-        write_json(self._params / "_METADATA", {"tree_metadata": described, **flags, "custom_metadata": None})
+        files.write_json(self._params / "_METADATA", {"tree_metadata": described, **flags, "custom_metadata": None})
         # Orbax writes everything round the arrays for a stand-in, whose place they take.
         run = {"bit_sums": {f"params.{name}": total for name, total in self._sums.items()}}
         self._step.parent.mkdir()
@@ -415,11 +423,11 @@ class ParamsReader:
             tuple(name.split(".")): (tuple(x.shape), np.dtype(x.dtype)) for name, x in named_leaves(described).items()
         }
         try:
-            self._bit_sums = dict(json.loads((self._path / "run" / "data.json").read_text())["bit_sums"])
-            flags = json.loads((self._path / "params" / "_METADATA").read_text())
+            self._bit_sums = dict(files.read_json(self._path / "run" / "data.json")["bit_sums"])
+            flags = files.read_json(self._path / "params" / "_METADATA")
             self._ocdbt, self._zarr3 = bool(flags["use_ocdbt"]), bool(flags["use_zarr3"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(self._path, first_line(error)) from error
+            raise _damaged(self._path, files.first_line(error)) from error
         self._open: tuple[tuple[str, ...], Any] | None = None
         self._sums: dict[tuple[str, ...], dict[tuple[int, ...], int]] = {path: {} for path in self.leaves}
 
@@ -456,7 +464,7 @@ class ParamsReader:
         try:
             array = self._array(path, len(stack))[stack].read().result()
         except Exception as error:  # TensorStore raises many kinds
-            raise _damaged(self._path, f"{'.'.join(path)}: {first_line(error)}") from error
+            raise _damaged(self._path, f"{'.'.join(path)}: {files.first_line(error)}") from error
         sums, name = self._sums[path], f"params.{'.'.join(path)}"
         sums[stack] = bit_sum(array)
         whole = len(sums) == math.prod(self.leaves[path][0][: len(stack)])
@@ -507,8 +515,3 @@ def _damaged(path: pathlib.Path, what: str) -> CheckpointError:
     others = [step for step in steps(path.parent.parent) if str(step) != path.name]
     go_on = f"resume from step {others[-1]}" if others else "start again (there is no other checkpoint)"
     return CheckpointError(f"the checkpoint {path} is damaged: {what}. Remove that folder to {go_on}.")
-
-
-def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of its message, for messages of one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:400]}"

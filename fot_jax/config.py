@@ -6,10 +6,8 @@ A new model size is one constant in `SIZES`. Nothing else in the project knows a
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
-import pathlib
 from typing import Any
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -84,7 +82,7 @@ class ModelConfig:
         last_context_length: tokens of a long prompt left in the open window; see `generate`. Brought into 1..W, because
             the default and files are often beyond a small window.
         init_std: standard deviation of initial weights.
-        bos_id, eos_id, pad_id: special tokens; None where there is none.
+        bos_id, eos_id, pad_id: special tokens; None where there is none. Several eos_ids are a tuple: each ends a text.
         dtypes: see DtypePolicy.
     """
 
@@ -105,7 +103,7 @@ class ModelConfig:
     last_context_length: int = 1024
     init_std: float = 0.02
     bos_id: int | None = 1
-    eos_id: int | None = 2
+    eos_id: int | tuple[int, ...] | None = 2
     pad_id: int | None = 0
     dtypes: DtypePolicy = DtypePolicy()
 
@@ -132,6 +130,8 @@ class ModelConfig:
         for layer in self.mem_layers:
             if not 0 <= layer < self.n_layers:
                 raise ValueError(f"mem_layers has {layer}; wanted layers in 0..{self.n_layers - 1} (n_layers)")
+        if isinstance(self.eos_id, (list, tuple)):
+            set_("eos_id", tuple(self.eos_id) if len(self.eos_id) > 1 else self.eos_id[0] if self.eos_id else None)
         set_("last_context_length", max(1, min(self.last_context_length, self.window)))
 
     def _check_types(self) -> None:
@@ -142,7 +142,8 @@ class ModelConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; wanted a whole number up to {MAX_SIZE}")
         for name in ("bos_id", "eos_id", "pad_id"):
             value = getattr(self, name)
-            if value is not None and not (whole(value) and 0 <= value <= MAX_SIZE):
+            ids = value if name == "eos_id" and isinstance(value, (list, tuple)) else [value]
+            if value is not None and not all(whole(i) and 0 <= i <= MAX_SIZE for i in ids):
                 raise ValueError(f"{name} is {value!r}; wanted a token's number, or None")
         for name in ("rope_base", "norm_eps", "init_std"):
             value = getattr(self, name)
@@ -161,6 +162,11 @@ class ModelConfig:
     def mem_dtype(self) -> str:
         """dtype that memory is kept in."""
         return self.dtypes.memory
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens each of which ends a text."""
+        return self.eos_id if isinstance(self.eos_id, tuple) else () if self.eos_id is None else (self.eos_id,)
 
     def replace(self, **changes: Any) -> ModelConfig:
         """A copy with some fields changed (checked again)."""
@@ -256,12 +262,12 @@ _HF_FIELDS = {
 }
 
 
-def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelConfig:
+def from_hf(fields: dict[str, Any]) -> ModelConfig:
     """The configuration that a LLaMA or LongLLaMA `config.json` describes.
 
     Args:
-        fields: the parsed file.
-        compute_dtype: overrides the file's `torch_dtype` for parameters and computation.
+        fields: the parsed file. Where it says nothing of memory's dtype, that of the parameters is meant in a LLaMA's,
+            and bfloat16 in a LongLLaMA's, as in the published code (`configuration_longllama.py`).
 
     Raises:
         ValueError: a field that changes the maths and that this model does not have.
@@ -273,14 +279,6 @@ def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelCo
     for name, allowed in unsupported.items():
         if fields.get(name) not in allowed:
             raise ValueError(f"config.json: {name} is {fields[name]!r}; wanted {allowed[0]!r}")
-    scaling: Any = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        value = fields.get(name) or {}
-        scaling = {**scaling, **value} if isinstance(value, dict) and isinstance(scaling, dict) else value
-    if isinstance(scaling, dict) and scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor is {scaling['partial_rotary_factor']!r}; wanted 1")
-    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"config.json: rope_scaling is {scaling!r}; wanted none")
     missing = [name for name in _HF_FIELDS.values() if name in _HF_REQUIRED and name not in fields]
     if missing:
         raise ValueError(f"config.json: {', '.join(missing)} missing")
@@ -293,22 +291,54 @@ def from_hf(fields: dict[str, Any], compute_dtype: str | None = None) -> ModelCo
         for ours, theirs in _HF_FIELDS.items()
         if theirs in fields and (fields[theirs] is not None or theirs.endswith("token_id"))
     }
-    known.setdefault("rope_base", scaling.get("rope_theta", 10000.0))
-    if isinstance(known.get("eos_id"), list):
-        known["eos_id"] = known["eos_id"][0] if known["eos_id"] else None
+    known["rope_base"] = _rope_base(fields)
     for name in ("bos_id", "eos_id", "pad_id"):  # -1 stands for none in early LLaMA configurations
         if known.get(name) == -1:
             known[name] = None
     mem_layers = fields.get("mem_layers") or ()
     if not isinstance(mem_layers, (list, tuple)) or not all(isinstance(layer, int) for layer in mem_layers):
         raise ValueError(f"config.json: mem_layers is {mem_layers!r}; wanted a list of whole numbers")
-    dtype = compute_dtype or fields.get("torch_dtype") or fields.get("dtype") or "float32"
+    dtype = _dtype(fields, "dtype", "torch_dtype") or "float32"
+    memory = _dtype(fields, "mem_dtype") or ("bfloat16" if kind == "longllama" else dtype)
     return ModelConfig(
         **known,
         mem_layers=tuple(mem_layers),
         qk_norm=fields.get("qk_norm", False),
-        dtypes=DtypePolicy(params=dtype, compute=dtype, memory=fields.get("mem_dtype") or dtype),
+        dtypes=DtypePolicy(params=dtype, compute=dtype, memory=memory),
     )
+
+
+def _rope_base(fields: dict[str, Any]) -> Any:
+    """The one base that all fields which state it agree on."""
+    stated = {"rope_theta": fields.get("rope_theta")}
+    partial = {"partial_rotary_factor": fields.get("partial_rotary_factor")}
+    for name in ("rope_parameters", "rope_scaling"):  # of transformers since version 5, and before
+        value = fields.get(name) or {}
+        if not isinstance(value, dict) or value.get("rope_type", value.get("type", "default")) != "default":
+            raise ValueError(f"config.json: {name} is {value!r}; wanted none that scales")
+        stated[f"{name}.rope_theta"] = value.get("rope_theta")
+        partial[f"{name}.partial_rotary_factor"] = value.get("partial_rotary_factor")
+    for name, value in partial.items():
+        if value not in (None, 1):
+            raise ValueError(f"config.json: {name} is {value!r}; wanted 1")
+    bases = {name: value for name, value in stated.items() if value is not None}
+    first, *others = bases or {"": 10000.0}
+    for other in others:
+        if bases[other] != bases[first]:
+            raise ValueError(f"config.json: {other} is {bases[other]!r}; wanted that of {first}, {bases[first]!r}")
+    return bases[first] if bases else 10000.0
+
+
+def _dtype(fields: dict[str, Any], *names: str) -> str | None:
+    """The number format that the first of these fields which is there states."""
+    for name in names:
+        value = fields.get(name)
+        if value is not None:
+            dtype = value.removeprefix("torch.") if isinstance(value, str) else value
+            if dtype not in FLOAT_DTYPES:
+                raise ValueError(f"config.json: {name} is {value!r}; wanted one of {', '.join(FLOAT_DTYPES)}")
+            return dtype
+    return None
 
 
 _HF_REQUIRED = {
@@ -321,15 +351,29 @@ _HF_REQUIRED = {
 }
 
 
+def _fields_of(config: ModelConfig) -> dict[str, Any]:
+    fields = {theirs: getattr(config, ours) for ours, theirs in _HF_FIELDS.items()}
+    if isinstance(config.eos_id, tuple):
+        fields["eos_token_id"] = list(config.eos_id)
+    if not holds_padding(config):
+        fields["pad_token_id"] = None
+    return fields
+
+
+def holds_padding(config: ModelConfig) -> bool:
+    """Whether the padding token, if there is one, is within the vocabulary. PyTorch's embedding refuses another, so a
+    `config.json` leaves it out."""
+    return config.pad_id is None or config.pad_id < config.vocab_size
+
+
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The fields of a LongLLaMA `config.json`, every one that the published inference code reads among them."""
-    fields = {theirs: getattr(config, ours) for ours, theirs in _HF_FIELDS.items()}
     return {
         "architectures": ["LongLlamaForCausalLM"],
         "model_type": "longllama",
         "hidden_act": "silu",
         "rope_scaling": None,
-        **fields,
+        **_fields_of(config),
         "mem_layers": list(config.mem_layers),
         "mem_dtype": config.mem_dtype,
         "mem_attention_grouping": None,
@@ -357,7 +401,7 @@ def to_hf_llama(config: ModelConfig) -> dict[str, Any]:
             f"d_model is {config.d_model}; wanted a multiple of n_heads, {config.n_heads}: transformers refuses others"
         )
     ours = ("mem_positionals", "last_context_length")
-    fields = {theirs: getattr(config, name) for name, theirs in _HF_FIELDS.items() if name not in ours}
+    fields = {name: value for name, value in _fields_of(config).items() if name not in ours}
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -369,23 +413,3 @@ def to_hf_llama(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": config.dtypes.params,
         "use_cache": True,
     }
-
-
-def read_hf(directory: str | pathlib.Path, compute_dtype: str | None = None) -> ModelConfig:
-    """`from_hf` of the `config.json` in a directory.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not JSON, or not a configuration this model has.
-    """
-    path = pathlib.Path(directory) / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8, numbers of thousands of digits; deep nesting
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: a JSON {type(fields).__name__}; wanted an object")
-    try:
-        return from_hf(fields, compute_dtype)
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from error

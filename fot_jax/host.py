@@ -1,14 +1,28 @@
-"""The process that a command line runs in. Nothing here is for importing modules to call: it changes the whole
-process.
-"""
+"""What command lines have in common: their lines, and the process that they run in."""
 
 from __future__ import annotations
 
 import ctypes
 
 
+def printable(value: object) -> str:
+    """Text for a terminal, without what one obeys: names come from files that anybody may have written."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+
+
+def row(name: str, value: object) -> str:
+    """A line of a table of names and values."""
+    return f"{name:14s} {printable(value)}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as one line for a terminal."""
+    return printable(" ".join(str(error).split()))
+
+
 def keep_freed_memory() -> None:
-    """Tells glibc's allocator to keep what is freed and never to map large buffers anew; elsewhere does nothing.
+    """Tells glibc's allocator to keep what is freed and never to map large buffers anew; elsewhere does nothing. It
+    changes the whole process: not for importing modules to call.
 
     On a CPU, XLA allocates one temporary buffer a call. Mapped anew each time, a training step of 670 MB of
     temporaries spends 0.3 s on page faults.

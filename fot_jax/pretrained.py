@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from fot_jax import formats
-from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
+from fot_jax.config import FLOAT_DTYPES, ModelConfig
 from fot_jax.formats import hf
 from fot_jax.formats.source import read_params
 
@@ -27,8 +27,8 @@ def load_pretrained(
         path: a Hugging Face LLaMA or LongLLaMA directory (safetensors or `.bin`, single or sharded), a working
             directory of `train.py`, whose latest checkpoint is taken, or any other format of `formats.open_checkpoint`.
         dtype: of the parameters, and of the computation that the configuration asks for: float32, bfloat16 or
-            float16. None leaves both as the directory states them. The dtype of memory is the directory's, or where it
-            states none, as a LLaMA's, that of the parameters.
+            float16. None leaves both as the checkpoint states them. The dtype of memory is the checkpoint's, or
+            where it states none, as a LLaMA's, that of the parameters.
         shardings: for a model that does not fit one device: config -> tree of shardings shaped like params
             (`sharding.param_shardings` of `model.abstract_params`).
 
@@ -45,10 +45,8 @@ def load_pretrained(
     """
     if dtype is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(FLOAT_DTYPES)}")
-    source = formats.open_checkpoint(path, compute_dtype=dtype)
+    source = formats.open_checkpoint(path).with_dtypes(dtype)
     config = source.config
-    if dtype is not None:
-        config = config.replace(dtypes=DtypePolicy(params=dtype, compute=dtype, memory=config.dtypes.memory))
     first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return config, read_params(source, config, shardings=shardings(config) if shardings else first)
 

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from fot_jax import files
+
 # SentencePiece drops training sentences longer than its limit (bytes); lines are cut to this many characters first.
 _MAX_LINE_CHARS = 4096
 # Documents are encoded in chunks of about this many characters.
@@ -185,9 +187,10 @@ class SentencePiece(Tokenizer):
     def save(self, path: str | os.PathLike) -> None:
         """See `Tokenizer.save`; tokenizer_config.json is needed only for a model that expects no BOS."""
         path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not self.adds_bos:
-            _write(path.with_name(_CONFIG), _as_json({"add_bos_token": False}))
-        _write(path, self._model)
+            files.write_json(path.with_name(_CONFIG), {"add_bos_token": False})
+        files.write(path, self._model)
 
 
 class TokenizerJson(Tokenizer):
@@ -260,9 +263,10 @@ class TokenizerJson(Tokenizer):
     def save(self, path: str | os.PathLike) -> None:
         """See `Tokenizer.save`."""
         path = pathlib.Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         names = {role: None if i is None else self._tokenizer.id_to_token(i) for role, i in self._ids.items()}
-        _write(path.with_name(_CONFIG), _as_json({**names, "add_bos_token": self.adds_bos}))
-        _write(path, self._data)
+        files.write_json(path.with_name(_CONFIG), {**names, "add_bos_token": self.adds_bos})
+        files.write(path, self._data)
 
 
 # In the order in which a directory is searched.
@@ -285,24 +289,10 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is no file."""
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    found = files.read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: found a {type(found).__name__}; wanted an object")
     return found
-
-
-def _as_json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -465,8 +455,9 @@ def write_from_gguf(directory: str | os.PathLike, fields: Mapping[str, Any]) -> 
         name, tokenizer_class = TokenizerJson.file_name, "PreTrainedTokenizerFast"
         data = _byte_level_json(vocabulary, tokens, types, names.get("bos_token") if adds_bos else None)
     config = {"tokenizer_class": tokenizer_class, "add_bos_token": adds_bos, **names}
-    _write(directory / _CONFIG, _as_json(config))
-    _write(directory / name, data)
+    directory.mkdir(parents=True, exist_ok=True)
+    files.write_json(directory / _CONFIG, config)
+    files.write(directory / name, data)
     return [name, _CONFIG]
 
 

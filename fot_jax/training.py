@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fot_jax import checkpoint, crossbatch, model, run_config, sharding
+from fot_jax import checkpoint, crossbatch, files, model, run_config, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.metrics import Meter, Metrics, flops_per_token
 from fot_jax.run_config import learning_rate, make_optimizer
@@ -303,11 +303,14 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
 
     Raises:
         ValueError: see `run_config.check_config`, `model_config` and `check_batch`, and `sharding.make_mesh`.
-        CheckpointError: the model in `workdir` or `init_from` is another.
+        CheckpointError: the model in `workdir` or `init_from` is another, or that in `workdir` was never in training.
     """
     run_config.check_config(config)
     mesh = sharding.make_mesh({axis: size for axis, size in config.mesh.items() if size})
-    source = workdir if checkpoint.is_workdir(workdir) else config.init_from
+    source = config.init_from
+    if checkpoint.is_workdir(workdir):
+        checkpoint.check_resumable(workdir)
+        source = workdir
     pretrained = run_config.read_model(source) if source else None
     model_config = run_config.model_config(config, pretrained)
     run_config.check_batch(config, model_config, mesh.shape)
@@ -428,7 +431,7 @@ def train(
             values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
             metrics.write(step, {f"validation_{key}": value for key, value in values.items()})
 
-        checkpoint.write_json(workdir / "config.json", config.to_dict())
+        files.write_json(workdir / "config.json", config.to_dict())
         if step:
             _log.info("resuming from step %d in %s", step, workdir)
         last = step >= config.steps

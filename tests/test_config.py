@@ -102,12 +102,22 @@ def test_from_hf_defaults_are_llamas():
     assert (config.n_kv_heads, config.head_size, config.rope_base, config.norm_eps) == (4, 8, 10000.0, 1e-6)
     assert not config.tie_embeddings and config.mem_layers == ()
     assert config_lib.from_hf({**fields, "eos_token_id": None}).eos_id is None
-    assert config_lib.from_hf({**fields, "eos_token_id": [5, 6]}).eos_id == 5
-    assert (
-        config_lib.from_hf({**fields, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}).rope_base == 1e6
-    )
-    assert config_lib.from_hf({**fields, "dtype": "bfloat16"}).dtypes.params == "bfloat16"
-    assert config_lib.from_hf({**fields, "dtype": "bfloat16"}, "float32").dtypes.params == "float32"
+    assert config_lib.from_hf({**fields, "eos_token_id": [5]}).eos_id == 5
+    assert config_lib.from_hf({**fields, "eos_token_id": []}).eos_id is None
+    several = config_lib.from_hf({**fields, "eos_token_id": [5, 6]})
+    assert several.eos_ids == (5, 6) and config_lib.to_hf(several)["eos_token_id"] == [5, 6]
+    rotary = {"rope_type": "default", "rope_theta": 1e6}
+    assert config_lib.from_hf({**fields, "rope_parameters": rotary}).rope_base == 1e6
+    assert config_lib.from_hf({**fields, "rope_parameters": rotary, "rope_theta": 1e6}).rope_base == 1e6
+    for name in ("dtype", "torch_dtype"):
+        assert config_lib.from_hf({**fields, name: "torch.bfloat16"}).dtypes == DtypePolicy(*["bfloat16"] * 3)
+    assert config_lib.from_hf({**fields, "model_type": "longllama"}).mem_dtype == "bfloat16"
+
+
+def test_a_padding_token_that_pytorch_refuses_is_left_out():
+    for pad_id, written in ((96, 96), (97, None), (None, None)):
+        for to in (config_lib.to_hf, config_lib.to_hf_llama):
+            assert to(TINY.replace(pad_id=pad_id))["pad_token_id"] == written
 
 
 @pytest.mark.parametrize(
@@ -120,13 +130,22 @@ def test_from_hf_defaults_are_llamas():
         (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "rope_scaling is .*llama3"),
         (dict(rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling is .*linear"),
         (dict(hidden_size="32"), "hidden_size is '32'; wanted a whole number"),
-        (dict(torch_dtype="int8"), "dtypes.params is 'int8'; wanted one of float32"),
+        (dict(torch_dtype="int8"), "config.json: torch_dtype is 'int8'; wanted one of float32"),
         (dict(mem_layers=[4]), r"mem_layers has 4; wanted layers in 0..3"),
         (dict(vocab_size=0), "vocab_size is 0; wanted at least 1"),
         (dict(num_key_value_heads=-2), "n_kv_heads is -2; wanted at least 1"),
         (dict(head_dim=-6), "head_size is -6; wanted at least 1"),
         (dict(mem_layers="1"), "mem_layers is '1'; wanted a list of whole numbers"),
         (dict(rope_theta="x"), "rope_base is 'x'; wanted a number"),
+        (
+            dict(rope_parameters={"rope_theta": 1e6}),
+            "rope_parameters.rope_theta is 1000000.0; wanted that of rope_theta, 10000.0",
+        ),
+        (dict(rope_scaling={"type": "default", "rope_theta": 1.0}), "rope_scaling.rope_theta is 1.0; wanted that of"),
+        (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; wanted 1"),
+        (dict(rope_parameters={"partial_rotary_factor": 0.5}), "rope_parameters.partial_rotary_factor is 0.5"),
+        (dict(dtype="auto"), "config.json: dtype is 'auto'; wanted one of float32"),
+        (dict(mem_dtype="float64"), "config.json: mem_dtype is 'float64'; wanted one of float32"),
     ],
 )
 def test_from_hf_refuses_what_it_cannot_do(change, message):
@@ -167,17 +186,3 @@ def test_sizes_are_completed():
 def test_named_lists_the_known_sizes():
     with pytest.raises(ValueError, match="model size is 'llama'; wanted one of fot_184m, .*open_llama_7b_v2"):
         config_lib.named("llama")
-
-
-def test_read_hf(tmp_path):
-    path = tmp_path / "config.json"
-    with pytest.raises(FileNotFoundError):
-        config_lib.read_hf(tmp_path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="config.json: not JSON"):
-        config_lib.read_hf(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match="config.json: a JSON list; wanted an object"):
-        config_lib.read_hf(tmp_path)
-    path.write_text(json.dumps(config_lib.to_hf(TINY)))
-    assert config_lib.read_hf(tmp_path) == TINY

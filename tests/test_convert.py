@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -16,14 +17,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import toy
 from safetensors.numpy import load_file, save_file
 from test_formats import GROUPED, PLAIN, TIED, assert_same, random_params
+from test_readers import hf_tensors, to_gguf, write_gguf
 
 import fot_jax
 from convert import plan as planning
 from convert import writers
 from convert.__main__ import main
-from fot_jax import formats, model, run_config
+from fot_jax import files, formats, model, run_config, training
 from fot_jax.config import DtypePolicy
 from fot_jax.formats import hf
 
@@ -65,14 +68,15 @@ def names(directory):
 def test_hugging_face_to_orbax_and_back_is_bit_for_bit(tmp_path, saved, dtype):
     source, params = saved(LONG, dtype, max_shard_bytes=3000)
     (source / "tokenizer.model").write_bytes(b"a tokenizer")
-    (source / "tokenizer_config.json").write_text("{}")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (source / name).write_text("{}")
     convert(source, tmp_path / "ours", "--to", "orbax")
     convert(tmp_path / "ours", tmp_path / "back", "--to", "hf", "--verify")
     assert tensors_of(tmp_path / "back") == tensors_of(source)
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((source / "config.json").read_text())
     for directory in (tmp_path / "ours", tmp_path / "back"):
         assert (directory / "tokenizer.model").read_bytes() == b"a tokenizer"
-        assert (directory / "tokenizer_config.json").is_file()
+        assert (directory / "tokenizer_config.json").is_file() and (directory / "generation_config.json").is_file()
     config, found = fot_jax.load_pretrained(tmp_path / "ours", dtype=None)
     assert config == LONG.replace(dtypes=DtypePolicy(dtype, dtype, "bfloat16"))
     assert_same(found, params)
@@ -130,6 +134,47 @@ def test_a_llama_becomes_a_longllama_that_training_starts_from(tmp_path, saved):
     convert(tmp_path / "ours", tmp_path / "plain", "--to", "hf", "--memory-layers", "none")
     assert tensors_of(tmp_path / "plain") == tensors_of(source)
     convert(source, tmp_path / "x", "--to", "orbax", "--memory-layers", "3", fails=2)
+    with pytest.raises(fot_jax.checkpoint.CheckpointError, match="parameters alone.* wanted --config.init_from=.*ours"):
+        training.check(toy.config(), tmp_path / "ours")
+
+
+def test_memory_layers_that_make_another_model_of_it_are_said_to(tmp_path, saved, capsys):
+    source, params = saved(LONG.replace(mem_positionals=False))
+    convert(source, tmp_path / "x", "--to", "hf-llama", "--memory-layers", "none", fails=2)
+    assert "mem_positionals is False; wanted True: LLaMA rotates" in capsys.readouterr().err
+    convert(source, tmp_path / "other", "--to", "hf", "--memory-layers", "3", "--verify")
+    assert "this is another model until it is tuned" in capsys.readouterr().out
+    convert(source, tmp_path / "same", "--to", "hf", "--memory-layers", "2,4", "--verify")
+    assert "another model" not in capsys.readouterr().out
+    rotated, _ = saved(LONG, name="rotated")
+    convert(rotated, tmp_path / "x", "--to", "hf-llama", "--memory-layers", "3", fails=2)
+    assert "hf-llama has no memory" in capsys.readouterr().err
+    convert(rotated, tmp_path / "llama", "--to", "hf-llama", "--memory-layers", "none", "--verify")
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_left_out_for_pytorch(tmp_path, saved, capsys):
+    source, _ = saved(PLAIN)
+    fields = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**fields, "pad_token_id": 11, "eos_token_id": [3, 4]}))
+    for to, pad_id in (("orbax", 11), ("hf", None), ("hf-llama", None)):
+        convert(source, tmp_path / to, "--to", to, "--verify")
+        assert ("padding token 11 is left out" in capsys.readouterr().out) == (pad_id is None)
+        found = formats.open_checkpoint(tmp_path / to).config
+        assert (found.pad_id, found.eos_ids) == (pad_id, (3, 4))
+
+
+def test_what_is_asked_of_memory_does_not_depend_on_the_format(tmp_path, saved):
+    """A LLaMA says nothing of memory's dtype: it follows the parameters', whatever they are read from or into."""
+    source, _ = saved(PLAIN, "float16")
+    fields = {**fot_jax.config.to_hf_llama(PLAIN), "torch_dtype": "float16"}
+    (source / "config.json").write_text(json.dumps(fields))
+    opened = formats.open_checkpoint(source)
+    assert not opened.states_memory_dtype and opened.config.dtypes == DtypePolicy(*["float16"] * 3)
+    assert fot_jax.load_pretrained(source)[0].dtypes == DtypePolicy(*["float32"] * 3)
+    for dtype, memory in (("bfloat16", "bfloat16"), (None, "float16")):
+        options = [] if dtype is None else ["--dtype", dtype]
+        convert(source, tmp_path / memory, "--to", "orbax", *options)
+        assert fot_jax.load_pretrained(tmp_path / memory)[0].mem_dtype == memory
 
 
 def test_heads_are_expanded_for_the_published_code(tmp_path, saved, capsys):
@@ -280,6 +325,29 @@ def test_a_destination_that_is_there_is_kept_unless_told_otherwise(tmp_path, sav
     assert "holds the source" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("done", [False, True])
+def test_overwriting_keeps_the_old_or_has_the_new(tmp_path, monkeypatch, last, done):
+    """Interrupted just before or after each of the two renames."""
+    rename, calls = pathlib.Path.rename, []
+
+    def interrupted(self, target):
+        calls.append(target)
+        if len(calls) != last:
+            return rename(self, target)
+        if done:
+            rename(self, target)
+        raise KeyboardInterrupt
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "old").write_text("")
+    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.beside(tmp_path / "there") as partial:
+        (partial / "new").write_text("")
+        files.put_in_place(partial, tmp_path / "there")
+    assert names(tmp_path / "there") == (["new"] if (last, done) == (2, True) else ["old"])
+
+
 @pytest.mark.parametrize("to", planning.TARGETS)
 def test_a_full_disk_leaves_nothing(tmp_path, saved, to, capsys):
     """A limit on the size of files stands for the disk: the system refuses the write in the same place."""
@@ -303,7 +371,7 @@ def test_no_room_is_said_before_the_work(tmp_path, saved, monkeypatch, capsys):
     assert names(tmp_path) == ["source"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, number):
     source, _ = saved(PLAIN)
     write = writers.write
@@ -319,7 +387,7 @@ def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, nu
 
     monkeypatch.setattr(writers, "write", interrupted)
     try:
-        convert(source, tmp_path / "x", "--to", "orbax", fails=2)
+        convert(source, tmp_path / "made" / "for" / "x", "--to", "orbax", fails=2)
     finally:
         signal.signal(signal.SIGINT, before)
     assert "interrupted; DST is what it was, or complete" in capsys.readouterr().err
@@ -387,6 +455,7 @@ from convert.__main__ import main
 status = main([{str(source)!r}, {str(tmp_path / "x")!r}, "--to", "orbax", "--verify"])
 import jax
 assert status == 0 and {{device.platform for device in jax.devices()}} == {{"cpu"}}
+assert jax.config.jax_platforms == "cuda,tpu"
 """
     environment = {**os.environ, "JAX_PLATFORMS": "cuda,tpu", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
@@ -402,6 +471,7 @@ assert status == 0 and {{device.platform for device in jax.devices()}} == {{"cpu
         (["empty", "x", "--to", "orbax"], "empty: no model; wanted config.json and weights"),
         (["file", "x", "--to", "orbax"], "file: begins with b'abcd'"),
         (["source", "x", "--to", "orbax", "--window", "0"], "window is 0; wanted at least 1"),
+        (["a\x1b[31m\nb", "x", "--to", "orbax"], "a\\x1b[31m b: no such file or directory"),
     ],
 )
 def test_errors_are_one_line(tmp_path, saved, monkeypatch, capsys, args, message):
@@ -416,6 +486,46 @@ def test_errors_are_one_line(tmp_path, saved, monkeypatch, capsys, args, message
 
 
 def test_arguments_that_do_not_fit_together_are_refused(tmp_path):
-    for args in (["a", "--to", "orbax"], ["a", "b", "--to", "nothing"], ["a", "b", "--to", "hf", "--tolerance", "1"]):
+    for args in (
+        ["a", "--to", "orbax"],
+        ["a", "b", "--to", "nothing"],
+        ["a", "b", "--to", "hf", "--tolerance", "1"],
+        ["a", "b", "--to", "hf", "--verify", "--tolerance", "nan"],
+        ["a", "b", "--to", "hf", "--json", str(tmp_path)],
+    ):
         with pytest.raises(SystemExit):
             main(args)
+
+
+def test_a_vocabulary_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+
+    def vocabulary(writer):
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("of-some-other-model")
+        writer.add_token_list([f"t{i}" for i in range(PLAIN.vocab_size)])
+        writer.add_token_types([1] * PLAIN.vocab_size)
+
+    path = write_gguf(tmp_path / "in" / "m.gguf", PLAIN, to_gguf(PLAIN, hf_tensors(PLAIN)), change=vocabulary)
+    write = hf.Writer
+    monkeypatch.setattr(hf, "Writer", None)
+    for args in ([tmp_path / "x"], ["--plan"]):
+        convert(path, *args, "--to", "hf", fails=2)
+        error = capsys.readouterr().err
+        assert f"{path}: tokenizer.ggml.pre is 'of-some-other-model'" in error and "--no-tokenizer" in error
+    monkeypatch.setattr(hf, "Writer", write)
+    convert(path, tmp_path / "x", "--to", "hf", "--no-tokenizer")
+    assert names(tmp_path) == ["in", "x"] and names(tmp_path / "x") == ["config.json", "model.safetensors"]
+
+
+def test_another_thread_may_convert(tmp_path, saved):
+    source, _ = saved(PLAIN)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        assert threads.submit(main, [str(source), str(tmp_path / "x"), "--to", "orbax"]).result() == 0
+
+
+def test_a_larger_window_has_the_default_context_again(saved):
+    source, _ = saved(PLAIN)  # whose window is 16
+    assert formats.open_checkpoint(source).config.last_context_length == 16
+    wide = formats.open_checkpoint(source, window=4096).config
+    assert (wide.window, wide.last_context_length) == (4096, 1024)

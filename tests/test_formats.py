@@ -198,9 +198,9 @@ def test_bin_files(tmp_path, saved):
     (directory / "model.safetensors").unlink()
     torch.save(tensors, directory / "pytorch_model.bin")
     assert_same(fot_jax.load_pretrained(directory)[1], params)
-    # the layout before torch 1.6, which is no zip file
     torch.save(tensors, directory / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert_same(fot_jax.load_pretrained(directory)[1], params)
+    with pytest.raises(ValueError, match="pytorch_model.bin: .* of torch before 1.6, whose files"):
+        hf.open_directory(directory)
     # a transposed view, as a tied or converted checkpoint may hold
     tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous().T
     torch.save(tensors, directory / "pytorch_model.bin")
@@ -399,3 +399,11 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert_same(fot_jax.load_pretrained(tmp_path / "m")[1], old)
+
+
+def test_configurations_that_are_no_objects_are_refused(saved):
+    path = saved[0] / "config.json"
+    for text, message in (("{", "config.json: not JSON"), ("[]", "config.json: holds a list; wanted fields by name")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            hf.open_directory(saved[0])

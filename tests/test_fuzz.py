@@ -12,37 +12,43 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 from test_formats import random_params
+from test_readers import easylm_fields, easylm_pairs, to_gguf, write_easylm, write_gguf, write_meta
 
 from convert.__main__ import main
 from fot_jax.config import ModelConfig
 from fot_jax.formats import hf
 
-CONFIG = ModelConfig(vocab_size=11, d_model=8, d_ff=12, n_layers=2, n_heads=2, window=16, mem_layers=(1,))
+CONFIG = ModelConfig(vocab_size=12, d_model=8, d_ff=12, n_layers=2, n_heads=2, window=16, mem_layers=(1,))
 FEW = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The same model in the layouts that one package or none is needed for, by name."""
+    """The same model in every layout whose package is there, by name."""
     directory = tmp_path_factory.mktemp("whole")
     params = random_params(CONFIG)
     hf.save(directory / "single", CONFIG, params)
     hf.save(directory / "sharded", CONFIG, params, max_shard_bytes=2000)
+    tensors = load_file(directory / "single" / "model.safetensors")
+    write_easylm(directory / "easylm" / "streaming_params", easylm_pairs(CONFIG, tensors), easylm_fields(CONFIG))
+    with contextlib.suppress(pytest.skip.Exception):
+        write_gguf(directory / "gguf" / "model.gguf", CONFIG, to_gguf(CONFIG, tensors))
     assert main([str(directory / "single"), str(directory / "ours"), "--to", "orbax"]) == 0
     with contextlib.suppress(ImportError):
         import torch
-        from safetensors.numpy import load_file
 
-        shutil.copytree(directory / "single", directory / "bin")
-        tensors = load_file(directory / "bin" / "model.safetensors")
-        (directory / "bin" / "model.safetensors").unlink()
+        (directory / "bin").mkdir()
+        shutil.copy(directory / "single" / "config.json", directory / "bin")
         torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, directory / "bin" / "pytorch_model.bin")
+        write_meta(directory / "meta", CONFIG, tensors, parts=2)
     return directory
 
 
@@ -54,13 +60,29 @@ def damaged(whole: pathlib.Path, tmp_path: pathlib.Path, layout: str) -> pathlib
     return copy
 
 
+@contextlib.contextmanager
+def in_time(seconds: int = 60):
+    """Fails where a few kilobytes take a reader for ever."""
+
+    def late(number, frame):
+        raise AssertionError(f"no answer after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def check(model: pathlib.Path, whole: pathlib.Path | None = None) -> bool:
     """Converts; whether it was read, with the very numbers of `whole` where that is given. A refusal is one line that
     names a file of the model, and leaves nothing.
     """
     result = model.parent / "result"
     error = io.StringIO()
-    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()), in_time():
         status = main([str(model), str(result), "--to", "hf"])
     message = error.getvalue()
     if status == 0:
@@ -106,14 +128,14 @@ def flip_or_cut(whole, tmp_path, layout, data):
     check(model, whole / "single" if layout == "ours" and path.name != "model.json" else None)
 
 
-LAYOUTS = ("single", "sharded", "bin", "ours")
+LAYOUTS = ("single", "sharded", "bin", "ours", "meta", "easylm", "gguf")
 
 
 @pytest.mark.parametrize("number", [40, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_damaged_files(whole, tmp_path, layout, number):
     if not (whole / layout).exists():
-        pytest.skip("torch is not installed")
+        pytest.skip("the package that reads it is not installed")
     run = given(st.data())(lambda data: flip_or_cut(whole, tmp_path, layout, data))
     settings(max_examples=number, **FEW)(run)()
 

@@ -153,10 +153,12 @@ def test_after_the_eos_a_row_is_padding():
     eos = max(range(13), key=lambda token: abs(end_of(free[0], token) - end_of(free[1], token)))
     ends = [end_of(row, eos) for row in free]
     assert abs(ends[0] - ends[1]) > 2
-    found = generate_small(SMALL.replace(eos_id=eos, pad_id=17))
-    for row, wanted, end in zip(found, free, ends, strict=True):
-        np.testing.assert_array_equal(row[: end + 1], wanted[: end + 1])
-        assert np.all(row[end + 1 :] == 17)
+    absent = next(token for token in range(13) if token not in free)
+    for eos_id in (eos, (absent, eos)):
+        found = generate_small(SMALL.replace(eos_id=eos_id, pad_id=17))
+        for row, wanted, end in zip(found, free, ends, strict=True):
+            np.testing.assert_array_equal(row[: end + 1], wanted[: end + 1])
+            assert np.all(row[end + 1 :] == 17)
 
 
 def test_sampling_follows_temperature():

@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 import tracemalloc
+from collections import OrderedDict
 
 import flax.serialization
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from safetensors.numpy import save_file
 
 from fot_jax import model
 from fot_jax.config import SIZES, ModelConfig, to_hf
-from fot_jax.formats import easylm, hf, layout, meta, open_checkpoint
+from fot_jax.formats import easylm, hf, layout, meta, open_checkpoint, pickles
 from fot_jax.formats import gguf as gguf_format
 from fot_jax.formats.source import Source, read_params
 
@@ -347,10 +348,10 @@ def test_meta_feed_forward_of_published_models(tmp_path, d_model, d_ff, multiple
     if multiplier is not None:
         params["ffn_dim_multiplier"] = multiplier
     fields = meta.Fields(tmp_path / "params.json", params)
-    assert meta._config(fields, tensors, None).d_ff == d_ff
+    assert meta._config(fields, tensors).d_ff == d_ff
     params["multiple_of"] = 8192
     with pytest.raises(ValueError, match=rf"give a feed-forward of \d+; wanted {d_ff}"):
-        meta._config(fields, tensors, None)
+        meta._config(fields, tensors)
 
 
 def test_meta_window_and_special_tokens(tmp_path):
@@ -358,9 +359,9 @@ def test_meta_window_and_special_tokens(tmp_path):
     tensors = hf_tensors(PLAIN)
     directory = write_meta(tmp_path / "a", PLAIN, tensors, max_seq_len=None)
     assert meta.open_directory(directory).config.window == 2048
-    assert meta.open_directory(directory, window=96).config.window == 96
+    assert open_checkpoint(directory, window=96).config.window == 96
     assert meta.open_directory(directory).config.bos_id == 1
-    assert meta.open_directory(write_meta(tmp_path / "b", PLAIN, tensors), window=None).config.window == 32
+    assert meta.open_directory(write_meta(tmp_path / "b", PLAIN, tensors)).config.window == 32
 
 
 def test_meta_tokenizer_is_looked_for_in_the_folder_and_above(tmp_path):
@@ -537,7 +538,7 @@ def test_easylm_without_configuration_names_the_sizes_that_fit(tmp_path, monkeyp
     with pytest.raises(ValueError, match="e: no configuration beside it.* fit tiny, tiny_with_memory; .*--size NAME"):
         easylm.open_checkpoint(path)
     assert_holds(easylm.open_checkpoint(path, size=PLAIN), PLAIN, wanted_params(tmp_path, PLAIN, tensors))
-    assert easylm.open_checkpoint(path, size=PLAIN, window=17).config.window == 17
+    assert open_checkpoint(path, size=PLAIN, window=17).config.window == 17
     with pytest.raises(ValueError, match=r"wk/kernel is \(24, 24\); wanted \(24, 12\)"):
         easylm.open_checkpoint(path, size=GROUPED)
     del SIZES["tiny"], SIZES["tiny_with_memory"]
@@ -581,11 +582,43 @@ def test_easylm_configurations(tmp_path):
         beside("metadata_100.pkl").write_bytes(pickle.dumps({"llama_config": fields | more}))
         with pytest.raises(ValueError, match=message):
             easylm.open_checkpoint(path).check_tied_head()
-    far = b"\x80\x04Nr\xff\xff\xff\x7f."  # an object numbered 2**31 - 1, for which pickle makes room
-    for data in (b"", pickle.dumps([1]), pickle.dumps({"llama_config": 1}), pickle.dumps(print), far):
+    for data in (b"", pickle.dumps([1]), pickle.dumps({"llama_config": 1}), pickle.dumps(print)):
         beside("metadata_100.pkl").write_bytes(data)
         with pytest.raises(ValueError, match="metadata_100.pkl"):
             easylm.open_checkpoint(path)
+
+
+# A dictionary with the tuple on top as its key, after which the pickle ends.
+KEY = b"Ns."
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        # An object numbered 2**31 - 1, for which pickle makes room.
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", "numbers an object 2147483647"),
+        # (x, x) of x = (y, y) of y ...: 2**60 tuples to hash.
+        (b"\x80\x04})" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(60)) + KEY, "again"),
+        # The same with a state of None put on each, so that what is numbered was not just made.
+        (b"\x80\x04})" + b"".join(b"Nb\x94h" + bytes([i]) + b"\x86" for i in range(60)) + KEY, "again"),
+        (b"\x80\x04})" + b"2\x86" * 60 + KEY, "operation DUP"),
+        (b"\x80\x04})" + b"\x85" * 500_000 + KEY, "more than 10000 tuples"),
+        (b"\x80\x04" + b"]0" * 600_000 + b"].", "1,200,004 bytes; wanted at most 1,048,576"),
+    ],
+)
+def test_pickles_that_would_take_for_ever_are_refused(tmp_path, data, message):
+    (tmp_path / "x.pkl").write_bytes(data)
+    with pytest.raises(ValueError, match=f"x.pkl.*{message}"):
+        pickles.read_values(tmp_path / "x.pkl")
+
+
+def test_plain_pickles_are_read(tmp_path):
+    shared = (0.9, 0.95)
+    values = {"a": shared, "b": [shared, {"c": None}], "d": {1}, "e": OrderedDict(f=True), ("g", 1): -1.5}
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "x.pkl").write_bytes(pickle.dumps(values, protocol))
+        found = pickles.read_values(tmp_path / "x.pkl")
+        assert found == values | {"d": found["d"]} and set(found["d"]) == {1}
 
 
 def test_easylm_files_are_found_by_content(tmp_path):
@@ -664,7 +697,7 @@ def test_gguf(tmp_path, tied, dtype):
         assert np.shares_memory(tensor.read(), tensor.read()) and not tensor.read().flags.writeable
     assert_holds(source, config, wanted_params(tmp_path, config, tensors))
     assert open_checkpoint(path.parent).config.dtypes.params == np.dtype(dtype).name
-    assert gguf_format.open_file(path, window=5).config.window == 5
+    assert open_checkpoint(path, window=5).config.window == 5
     assert source.tokenizer(tmp_path) == []
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 
-from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
+from fot_jax.config import FLOAT_DTYPES, ModelConfig
 from fot_jax.formats import easylm, gguf, hf, meta, ours
 from fot_jax.formats.source import Source
 
@@ -14,7 +14,6 @@ from fot_jax.formats.source import Source
 def open_checkpoint(
     path: str | os.PathLike,
     *,
-    compute_dtype: str | None = None,
     size: ModelConfig | None = None,
     window: int | None = None,
 ) -> Source:
@@ -23,7 +22,6 @@ def open_checkpoint(
     Args:
         path: a working directory of `train.py` or of a conversion; a Hugging Face LLaMA or LongLLaMA directory; Meta's
             directory of `consolidated.*.pth`; an EasyLM checkpoint, or the directory of one; a GGUF file.
-        compute_dtype: overrides the dtypes that a Hugging Face `config.json` states.
         size: the model's sizes, for an EasyLM checkpoint, instead of a configuration beside it.
         window: W, where the format does not say it (Meta's; 2048 if None) or another is wanted.
 
@@ -33,21 +31,24 @@ def open_checkpoint(
         CheckpointError: a damaged checkpoint of ours.
         ImportError: a package that this format needs is not installed.
     """
-    path = pathlib.Path(path)
+    return _open(pathlib.Path(path), size).with_window(window)
+
+
+def _open(path: pathlib.Path, size: ModelConfig | None) -> Source:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; wanted a checkpoint")
     if (path / "model.json").is_file():
-        return _with_window(ours.open_workdir(path), window)
+        return ours.open_workdir(path)
     if (path / "config.json").is_file() and hf.is_checkpoint(path):
-        return _with_window(hf.open_directory(path, compute_dtype), window)
+        return hf.open_directory(path)
 
     if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):
-        return _in_its_dtype(meta.open_directory(path, window=window))
+        return _in_its_dtype(meta.open_directory(path))
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if _magic(path) == b"GGUF" else []
     if len(ggufs) == 1:
-        return _in_its_dtype(gguf.open_file(ggufs[0], window=window))
+        return _in_its_dtype(gguf.open_file(ggufs[0]))
     if streamed := easylm.find(path):
-        return _in_its_dtype(easylm.open_checkpoint(streamed, size=size, window=window))
+        return _in_its_dtype(easylm.open_checkpoint(streamed, size=size))
     if path.is_file():
         raise ValueError(
             f"{path}: begins with {_magic(path)!r}, no checkpoint this project knows as a single file; wanted GGUF, "
@@ -64,10 +65,6 @@ def _magic(path: pathlib.Path) -> bytes:
         return file.read(4)
 
 
-def _with_window(source: Source, window: int | None) -> Source:
-    return source if window is None else source.with_config(source.config.replace(window=window))
-
-
 def _in_its_dtype(source: Source) -> Source:
     """With a configuration that asks for the dtype most of the numbers have, where the format states none."""
     sizes: dict[str, int] = {}
@@ -76,4 +73,4 @@ def _in_its_dtype(source: Source) -> Source:
     dtype = max(sizes, key=sizes.__getitem__, default="float32")
     if dtype not in FLOAT_DTYPES:
         dtype = "float32"
-    return source.with_config(source.config.replace(dtypes=DtypePolicy(dtype, dtype, dtype)))
+    return source.with_dtypes(dtype)

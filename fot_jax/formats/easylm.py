@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from fot_jax import files
 from fot_jax.config import SIZES, ModelConfig
-from fot_jax.formats import files, pickles
+from fot_jax.formats import pickles
 from fot_jax.formats.fields import Fields, read_json
 from fot_jax.formats.layout import Layout, table
 from fot_jax.formats.mapped import Cursor
@@ -51,7 +52,7 @@ _NOT_PARAMETERS = ("opt_state", "step")
 _DTYPES = {dtype.name: dtype for dtype in FLOATS}
 
 
-def open_checkpoint(path: str | os.PathLike, *, size: ModelConfig | None = None, window: int | None = None) -> Source:
+def open_checkpoint(path: str | os.PathLike, *, size: ModelConfig | None = None) -> Source:
     """A streamed checkpoint, parameters alone or a whole training state, of which the optimizer's is left out.
 
     The configuration is that of the pickle EasyLM writes beside the file (metadata.pkl, metadata_STEP.pkl; no code in
@@ -60,7 +61,6 @@ def open_checkpoint(path: str | os.PathLike, *, size: ModelConfig | None = None,
     Args:
         path: the file, or a directory that holds exactly one.
         size: the model's sizes, instead of a configuration beside the file.
-        window: W, instead of the configuration's.
 
     Returns:
         The source; tensors as wide as they are in the file.
@@ -80,8 +80,6 @@ def open_checkpoint(path: str | os.PathLike, *, size: ModelConfig | None = None,
         raise FileNotFoundError(f"{path}: no streamed EasyLM checkpoint; wanted one there")
     tensors = _index(file)
     config = size or _read_config(file, tensors)
-    if window is not None:
-        config = config.replace(window=window)
     source = Source(file, LAYOUT, config, tensors, lambda to: files.copy_tokenizer(file.parent, to))
     source.entries()
     return source

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import reprlib
 import sys
 from collections.abc import Mapping
 from typing import Any
 
+from fot_jax import files
 from fot_jax.config import MAX_SIZE, ModelConfig
 
 _REQUIRED: Any = object()
@@ -100,8 +100,4 @@ def read_json(path: pathlib.Path) -> Fields:
         FileNotFoundError: no such file.
         ValueError: not JSON, or not an object.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8 and numbers of thousands of digits; deep nesting
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    return Fields(path, values)
+    return Fields(path, files.read_json(path))

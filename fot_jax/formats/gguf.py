@@ -55,11 +55,8 @@ _ROWS = 512
 _MAX_NAME, _MAX_LIST = 2**16 - 1, 2**24
 
 
-def open_file(path: str | os.PathLike, *, window: int | None = None) -> Source:
+def open_file(path: str | os.PathLike) -> Source:
     """The model in a GGUF file.
-
-    Args:
-        window: W; None: the file's context length.
 
     Returns:
         The source. Tensors in F32, F16 and BF16 are mapped and keep their dtype; those in Q8_0, Q4_0, Q4_1, Q4_K and
@@ -84,9 +81,9 @@ def open_file(path: str | os.PathLike, *, window: int | None = None) -> Source:
     fields = Fields(path, values)
     _check_supported(fields)
     tensors = _read_tensors(cursor, gguf, fields, n_tensors)
-    config = _config(fields, tensors, window)
+    config = _config(fields, tensors)
     _check_rope_freqs(tensors)
-    source = Source(path, LAYOUT, config, tensors, lambda to: _write_tokenizer(to, values))
+    source = Source(path, LAYOUT, config, tensors, lambda to: _write_tokenizer(to, path, values))
     source.entries()
     return source
 
@@ -244,7 +241,7 @@ def _check_supported(fields: Fields) -> None:
             fields.only(name, 1.0)
 
 
-def _config(fields: Fields, tensors: dict[str, Tensor], window: int | None) -> ModelConfig:
+def _config(fields: Fields, tensors: dict[str, Tensor]) -> ModelConfig:
     embedding = tensors.get(LAYOUT.names["embed/embedding"])
     if embedding is None or len(embedding.shape) != 2:
         raise ValueError(f"{fields.file}: {'no' if embedding is None else 'no matrix'} token_embd.weight; wanted one")
@@ -262,7 +259,7 @@ def _config(fields: Fields, tensors: dict[str, Tensor], window: int | None) -> M
         n_heads=n_heads,
         n_kv_heads=fields.whole("llama.attention.head_count_kv", n_heads),
         head_size=head_size,
-        window=fields.whole("llama.context_length") if window is None else window,
+        window=fields.whole("llama.context_length"),
         rope_base=fields.number("llama.rope.freq_base", 10000.0),
         norm_eps=fields.number("llama.attention.layer_norm_rms_epsilon"),
         tie_embeddings=LAYOUT.names["head/kernel"] not in tensors,
@@ -282,10 +279,13 @@ def _check_rope_freqs(tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _write_tokenizer(directory: pathlib.Path, values: dict[str, Any]) -> list[str]:
+def _write_tokenizer(directory: pathlib.Path, path: pathlib.Path, values: dict[str, Any]) -> list[str]:
     if "tokenizer.ggml.model" not in values:
         return []
     from fot_jax import tokenizer
 
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in values.items()}
-    return tokenizer.write_from_gguf(directory, plain)
+    try:
+        return tokenizer.write_from_gguf(directory, plain)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -21,7 +21,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fot_jax import config as config_lib
-from fot_jax.formats import files, pickles
+from fot_jax import files
+from fot_jax.formats import pickles
+from fot_jax.formats.fields import read_json
 from fot_jax.formats.layout import Layout, flatten, leaf_shapes, table
 from fot_jax.formats.source import Source, Tensor
 
@@ -53,12 +55,9 @@ MAX_SHARD_BYTES = 5 * 10**9
 # Reading
 
 
-def open_directory(directory: str | os.PathLike, compute_dtype: str | None = None) -> Source:
+def open_directory(directory: str | os.PathLike) -> Source:
     """The checkpoint in a directory: `model.safetensors` or `pytorch_model.bin`, or shards of either with their index.
     Safetensors are taken where both are there.
-
-    Args:
-        compute_dtype: overrides `torch_dtype` of `config.json`; see `config.from_hf`.
 
     Raises:
         FileNotFoundError: no configuration or checkpoint there, or a shard of it missing.
@@ -67,8 +66,14 @@ def open_directory(directory: str | os.PathLike, compute_dtype: str | None = Non
         ImportError: `.bin` files where torch is not installed.
     """
     directory = pathlib.Path(directory)
-    config = config_lib.read_hf(directory, compute_dtype)
-    return Source(directory, LAYOUT, config, _tensors(directory), lambda to: files.copy_tokenizer(directory, to))
+    fields = read_json(directory / "config.json")
+    try:
+        config = config_lib.from_hf(dict(fields.values))
+    except ValueError as error:
+        raise ValueError(f"{fields.file}: {str(error).removeprefix('config.json: ')}") from error
+    states = fields.values.get("model_type") == "longllama" or "mem_dtype" in fields
+    tokenizer = lambda to: files.copy_tokenizer(directory, to)
+    return Source(directory, LAYOUT, config, _tensors(directory), tokenizer, states_memory_dtype=states)
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
@@ -107,7 +112,7 @@ def _join(index: pathlib.Path, listed: dict[str, set[str]], shards: dict[str, di
     return out
 
 
-class _Twice(ValueError):
+class _Twice(Exception):
     """A name for the second time."""
 
 
@@ -118,16 +123,14 @@ def _read_index(index: pathlib.Path) -> dict[str, set[str]]:
         out: dict[str, Any] = {}
         for name, value in pairs:
             if name in out:
-                raise _Twice(f"{index}: tensor {name} is listed twice; wanted it once")
+                raise _Twice(name)
             out[name] = value
         return out
 
     try:
-        fields = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=no_duplicates)
-    except _Twice:
-        raise
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8, numbers of thousands of digits; deep nesting
-        raise ValueError(f"{index}: not JSON ({error})") from error
+        fields = files.read_json(index, no_duplicates)
+    except _Twice as twice:
+        raise ValueError(f"{index}: tensor {twice} is listed twice; wanted it once") from None
     weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index}: weight_map missing; wanted tensor names and their files")

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from fot_jax import files
 from fot_jax.config import ModelConfig
-from fot_jax.formats import files, pickles
+from fot_jax.formats import pickles
 from fot_jax.formats.fields import Fields, read_json
 from fot_jax.formats.layout import Layout, is_ignored
 from fot_jax.formats.source import Source, Tensor
@@ -57,15 +58,12 @@ _JOINED = {
 }
 
 
-def open_directory(directory: str | os.PathLike, *, window: int | None = None) -> Source:
+def open_directory(directory: str | os.PathLike) -> Source:
     """The checkpoint in a directory, of one part or several.
 
-    Args:
-        window: W; None: `max_seq_len` of params.json, or 2048 where it does not say.
-
     Returns:
-        The source; tensors as wide as they are in the files. The tokenizer's files are looked for in the directory,
-        then in the one above, where Meta puts them.
+        The source; tensors as wide as they are in the files, W `max_seq_len` of params.json, or 2048 where it does not
+        say. The tokenizer's files are looked for in the directory, then in the one above, where Meta puts them.
 
     Raises:
         FileNotFoundError: no params.json, no part, or a number left out.
@@ -83,7 +81,7 @@ def open_directory(directory: str | os.PathLike, *, window: int | None = None) -
     for path, held in parts:
         if unknown := sorted({*held} - {*tensors}):
             raise ValueError(f"{path}: tensor {unknown[0]} is not in {parts[0][0].name}; wanted it in all parts")
-    config = _config(fields, tensors, window)
+    config = _config(fields, tensors)
     source = Source(directory, LAYOUT, config, tensors, lambda to: _copy_tokenizer(directory, to))
     source.entries()
     return source
@@ -157,7 +155,7 @@ def _same(name: str, pieces: Sequence[Tensor]) -> np.ndarray:
     return first
 
 
-def _config(fields: Fields, tensors: dict[str, Tensor], window: int | None) -> ModelConfig:
+def _config(fields: Fields, tensors: dict[str, Tensor]) -> ModelConfig:
     for name in ("use_scaled_rope", "rope_scaling", "sliding_window", "moe"):
         fields.only(name, False)
     d_model = fields.whole("dim")
@@ -186,7 +184,7 @@ def _config(fields: Fields, tensors: dict[str, Tensor], window: int | None) -> M
         n_heads=n_heads,
         n_kv_heads=fields.whole("n_kv_heads", n_heads),
         head_size=fields.whole("head_dim", 0),
-        window=fields.whole("max_seq_len", 2048) if window is None else window,
+        window=fields.whole("max_seq_len", 2048),
         rope_base=fields.number("rope_theta", 10000.0),
         norm_eps=fields.number("norm_eps"),
         **special,

@@ -6,8 +6,7 @@ import math
 import os
 import pathlib
 
-from fot_jax import checkpoint
-from fot_jax.formats import files
+from fot_jax import checkpoint, files
 from fot_jax.formats.layout import OURS, leaf_shapes, table
 from fot_jax.formats.source import Source, Tensor
 
@@ -41,4 +40,5 @@ def open_workdir(workdir: str | os.PathLike, step: int | None = None) -> Source:
         # A leaf after the other, because layers of one may lie in one piece.
         for entry in sorted(table(OURS, reader.config), key=lambda entry: entry.path)
     }
-    return Source(workdir, OURS, reader.config, tensors, lambda to: files.copy_tokenizer(workdir, to))
+    tokenizer = lambda to: files.copy_tokenizer(workdir, to)
+    return Source(workdir, OURS, reader.config, tensors, tokenizer, states_memory_dtype=True)

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fot_jax.config import ModelConfig
+from fot_jax.config import DtypePolicy, ModelConfig
 from fot_jax.formats.layout import Entry, Layout, flatten, is_ignored, leaf_shapes, nest, table
 
 FLOATS = tuple(np.dtype(name) for name in ("float64", "float32", "float16", ml_dtypes.bfloat16))
@@ -43,6 +43,8 @@ class Source:
         config: the model it holds.
         tensors: by the format's names, in the order in which they are best read.
         tokenizer: writes the tokenizer's files that belong to the checkpoint into a directory and returns their names.
+        states_memory_dtype: whether the files say what memory is kept in. Where they do not, it is kept in the dtype of
+            the parameters.
     """
 
     path: pathlib.Path
@@ -50,10 +52,31 @@ class Source:
     config: ModelConfig
     tensors: Mapping[str, Tensor]
     tokenizer: Callable[[pathlib.Path], list[str]]
+    states_memory_dtype: bool = False
 
     def with_config(self, config: ModelConfig) -> Source:
         """The same tensors as another model, which must have the same parameters."""
         return dataclasses.replace(self, config=config)
+
+    def with_window(self, window: int | None) -> Source:
+        """The same model with another window; None keeps it."""
+        if window is None:
+            return self
+        c = self.config
+        # What the window of before had cut down begins anew.
+        last = c.last_context_length if c.last_context_length < c.window else ModelConfig.last_context_length
+        return self.with_config(c.replace(window=window, last_context_length=last))
+
+    def with_dtypes(self, dtype: str | None = None, memory: str | None = None) -> Source:
+        """The same model in other dtypes: parameters and computation in `dtype`, memory in `memory`; None keeps what
+        the files state. A memory of which they state nothing follows the parameters.
+        """
+        found = self.config.dtypes
+        if memory is None:
+            memory = found.memory if self.states_memory_dtype or dtype is None else dtype
+        return self.with_config(
+            self.config.replace(dtypes=DtypePolicy(dtype or found.params, dtype or found.compute, memory))
+        )
 
     def entries(self, config: ModelConfig | None = None) -> list[tuple[Entry, Tensor]]:
         """Every tensor with its place in the tree of `config` (by default its own), in the order of `tensors`.

@@ -456,7 +456,8 @@ def decode(
 )
 def _decode(config, params, reader, values, key_B, max_new_tokens, *, size, steps, spill, reading):
     blocks = model.layers(config, params)
-    pad = jnp.int32(next((i for i in (config.pad_id, config.eos_id) if i is not None), 0))
+    pad = jnp.int32(next((i for i in (config.pad_id, *config.eos_ids) if i is not None), 0))
+    eos = jnp.asarray(config.eos_ids, jnp.int32)
     rows = jnp.arange(reader.length_B.shape[0])
 
     def more(carry):
@@ -470,7 +471,7 @@ def _decode(config, params, reader, values, key_B, max_new_tokens, *, size, step
         token_B = samplings.choose(reader.logits_BV, reader.seen_BV, now_B, values, steps)
         grows_B = ~reader.ended_B
         token_B = jnp.where(grows_B, token_B, pad)
-        ended_B = reader.ended_B if config.eos_id is None else reader.ended_B | (token_B == config.eos_id)
+        ended_B = reader.ended_B | jnp.any(token_B[:, None] == eos[None], axis=1)
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
         local, mem = make_room(config, reader.local, reader.mem, spill, grows_B)
         if spill == "sliding":  # tokens that moved up are at other positions; after a block no token is left
@@ -549,8 +550,8 @@ def generate(
         score_bytes: bytes of scores over memory held at a time; see `memory.Reading`.
 
     Returns:
-        int32 [B, N]: new tokens only. After `config.eos_id` a row is filled with `config.pad_id`; without an eos it
-        never stops.
+        int32 [B, N]: new tokens only. After a token of `config.eos_ids` a row is filled with `config.pad_id`; where
+        there is none it never stops.
 
     Raises:
         ValueError: input that does not fit; prompt and new tokens beyond `memory_capacity`.

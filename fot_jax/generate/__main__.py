@@ -26,15 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from fot_jax import formats
+from fot_jax import files, formats
 from fot_jax import memory as memories
-from fot_jax.checkpoint import CheckpointError, write_json
+from fot_jax.checkpoint import CheckpointError
 from fot_jax.config import FLOAT_DTYPES, ModelConfig
 from fot_jax.generate import SPILLS, Reader, decode, extend, memory_tokens, prefill
 from fot_jax.generate.sampling import Sampling
 from fot_jax.generate.saved import check_model, check_saved, load_reader, save_reader
 from fot_jax.generate.text import TextStream
-from fot_jax.host import keep_freed_memory
+from fot_jax.host import keep_freed_memory, one_line
 from fot_jax.pretrained import load_pretrained
 from fot_jax.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
@@ -236,18 +236,19 @@ def _padded(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 class _Row:
     """What came of one prompt."""
 
-    def __init__(self, stream: TextStream | None, eos_id: int | None):
+    def __init__(self, stream: TextStream | None, eos_ids: tuple[int, ...]):
         self.tokens: list[int] = []
         self.finish: str | None = None  # "eos", "stop" or "length"
-        self._stream, self._eos_id = stream, eos_id
+        self._stream, self._eos_ids = stream, eos_ids
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes tokens; the output that is certain now."""
         if self.finish:
             return ""
         ids = [int(i) for i in ids]
-        if self._eos_id in ids:
-            ids, self.finish = ids[: ids.index(self._eos_id) + 1], "eos"
+        ends = [at for at, i in enumerate(ids) if i in self._eos_ids]
+        if ends:
+            ids, self.finish = ids[: ends[0] + 1], "eos"
         if self._stream is None:
             before = " " if self.tokens else ""
             self.tokens += ids
@@ -255,7 +256,7 @@ class _Row:
         out = ""
         for i in ids:  # one by one, so that a row ends with the token that a stop string does
             self.tokens.append(i)
-            if i == self._eos_id:
+            if i in self._eos_ids:
                 return out + self._stream.finish()
             out += self._stream.push([i])
             if self._stream.stopped:
@@ -293,13 +294,7 @@ def _write_over(rows: list[_Row], pieces: list[str], outputs: list[str], printed
 
 def _model(args: argparse.Namespace) -> ModelConfig:
     """The configuration of the checkpoint, without reading weights."""
-    config = formats.open_checkpoint(args.model, compute_dtype=args.dtype).config
-    return config.replace(dtypes=_dtypes(args, config))
-
-
-def _dtypes(args: argparse.Namespace, config: ModelConfig) -> Any:
-    memory = args.memory_dtype or config.dtypes.memory
-    return dataclasses.replace(config.dtypes, memory=memory)
+    return formats.open_checkpoint(args.model).with_dtypes(args.dtype, args.memory_dtype).config
 
 
 def run(args: argparse.Namespace) -> None:
@@ -337,8 +332,7 @@ def run(args: argparse.Namespace) -> None:
     new = max(map(len, prompts)) + N
     capacity = _capacity(config, args.memory_bytes, B, saved["tokens"] + new)
 
-    loaded, params = load_pretrained(args.model, dtype=args.dtype)
-    config = loaded.replace(dtypes=_dtypes(args, loaded))
+    _, params = load_pretrained(args.model, dtype=args.dtype)
     clock = _Clock()
     try:
         total = sum(map(len, prompts))
@@ -346,7 +340,7 @@ def run(args: argparse.Namespace) -> None:
         if args.save_memory:
             save_reader(args.save_memory, config, params, reader)
         rows = [
-            _Row(None if args.print_ids else TextStream(tokenizer, prompt, args.stop), config.eos_id)
+            _Row(None if args.print_ids else TextStream(tokenizer, prompt, args.stop), config.eos_ids)
             for prompt in prompts
         ]
         begin = clock.now()
@@ -375,7 +369,7 @@ def run(args: argparse.Namespace) -> None:
         if args.json == "-":
             print(json.dumps({"results": results, **rates}, indent=2))
         else:
-            write_json(args.json, {"results": results, **rates})
+            files.write_json(args.json, {"results": results, **rates})
     if not args.quiet:
         print(_summary(rates), file=sys.stderr)
 
@@ -461,7 +455,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(args)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
-        print(f"fot-generate: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fot-generate: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nfot-generate: interrupted", file=sys.stderr)

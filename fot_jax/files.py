@@ -1,16 +1,17 @@
-"""Writing whole directories so that none ever looks complete before it is."""
+"""Files and directories that never look complete before they are; JSON that somebody else wrote."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-# Files that say how text becomes tokens, in every layout that has any.
+# Files beside the weights that say how text becomes tokens and how it is asked for, in every layout that has any.
 TOKENIZER_FILES = (
     "tokenizer.model",
     "tokenizer.json",
@@ -19,30 +20,69 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 
 
 def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> list[str]:
-    """Copies the tokenizer's files from one directory to another; their names."""
+    """Copies `TOKENIZER_FILES`, those that are there, from one directory to another; their names."""
     found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in found:
         shutil.copyfile(source / name, directory / name)
     return found
 
 
+def write(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file beside and renames it, so that no reader and no crash ever sees half of it."""
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file, beside and renamed."""
+    write(pathlib.Path(path), (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: pathlib.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        pairs: makes an object of its names and values, in place of a dictionary.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON.
+    """
+    text = path.read_bytes()
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8 and numbers of thousands of digits; deep nesting
+        raise ValueError(f"{path}: not JSON ({error})") from error
+
+
 @contextlib.contextmanager
 def beside(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """An empty directory beside the one wanted, on the same disk; removed at the end, whatever happened.
+    """An empty directory beside the one wanted, on the same disk; removed at the end, whatever happened, and with it
+    the directories above that were made for it, if nothing else is in them.
 
     What is in it then is lost: rename it, or its files, before.
     """
     directory = pathlib.Path(os.path.abspath(directory))
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    made = [parent for parent in directory.parents if not parent.exists()]
     partial.mkdir(parents=True)
     try:
         yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # the result is in it
+                parent.rmdir()
 
 
 def put_in_place(partial: pathlib.Path, directory: str | os.PathLike) -> None:
@@ -62,6 +102,11 @@ def put_in_place(partial: pathlib.Path, directory: str | os.PathLike) -> None:
     else:
         partial.rename(directory)
     sync(directory.parent)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's kind and the first line of its message, for messages of one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:400]}"
 
 
 def sync(*paths: pathlib.Path) -> None:
