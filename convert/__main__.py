@@ -145,7 +145,7 @@ def _convert(args: argparse.Namespace) -> int:
                 print(report.table(), flush=True)
                 results["verify"] = report.as_dict()
             if passed:
-                files.put_in_place(partial, args.destination)
+                files.put_in_place(partial, args.destination, replace=args.overwrite)
                 print(row("written", args.destination))
             else:
                 print(f"fot-convert: {args.destination} is not written: the result differs", file=sys.stderr)
@@ -163,9 +163,11 @@ def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwr
         raise ValueError(f"{destination} is a symbolic link; wanted the directory itself, {destination.resolve()}")
     if destination.exists() and not destination.is_dir():
         raise NotADirectoryError(f"{destination} is a file; wanted a directory to replace")
-    source = plan.source.path.resolve()
-    if source.is_relative_to(destination.resolve()):
-        raise ValueError(f"{destination} holds the source, {source}; wanted another directory")
+    source, there = plan.source.path.resolve(), destination.resolve()
+    # Any file of the source, as they may be links, in Hugging Face's cache for one.
+    for file in (source, *(source.rglob("*") if source.is_dir() else ())):
+        if file.resolve().is_relative_to(there):
+            raise ValueError(f"{destination} holds the source, {file.resolve()}; wanted another directory")
     for what in ("partial", "replaced"):
         for left in destination.parent.glob(f".{glob.escape(destination.name)}.{what}-*"):
             said = (
@@ -178,15 +180,17 @@ def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwr
 
 @contextlib.contextmanager
 def _quietly_on_the_cpu() -> Iterator[None]:
-    """A conversion has nothing to do on an accelerator, which another process may be using."""
-    platforms, verbosity = jax.config.jax_platforms, logging.get_verbosity()
+    """A conversion has nothing to do on an accelerator, which another process may be using. What it has to say of an
+    error is one line; Orbax would log tracebacks.
+    """
+    before = jax.config.jax_platforms, logging.get_verbosity()
     jax.config.update("jax_platforms", "cpu")
-    logging.set_verbosity(logging.ERROR)  # Orbax has much to say
+    logging.set_verbosity(logging.FATAL)
     try:
         yield
     finally:
-        jax.config.update("jax_platforms", platforms)
-        logging.set_verbosity(verbosity)
+        jax.config.update("jax_platforms", before[0])
+        logging.set_verbosity(before[1])
 
 
 @contextlib.contextmanager

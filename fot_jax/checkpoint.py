@@ -6,11 +6,11 @@ A working directory holds `model.json` (the ModelConfig, so that an evaluation n
     params      the parameter tree
     optimizer   the optimizer's arrays and the step, flat, named by their path
     data        JSON: the data iterator's state, the same on every process
-    run         JSON: one bit sum per array, a hash of `data`, and whatever else the loop must remember
+    run         JSON: a checksum of each array, a hash of `data`, and whatever else the loop must remember
 
 A step is written beside (`STEP.orbax-checkpoint-tmp`) and renamed when it is whole, so a name that is a number is a
 complete checkpoint whatever killed the process. The array files have no checksum of their own: a flipped bit would load
-as another number. The bit sums make it an error.
+as another number. The checksums in `run` make it an error.
 """
 
 from __future__ import annotations
@@ -92,18 +92,53 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+# An array's checksum is the sum, modulo 2^32, of a hash of every element's bits and place. A sum, so that it is the
+# same on any mesh and may be made of parts; a hash, so that no two flipped bits or exchanged elements cancel. Bits and
+# place, times an odd number, meet in an exclusive or; then the finaliser of MurmurHash3 mixes them.
+_PLACE = 0x9E3779B1
+_MIXING = ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1))  # shift right into, then multiply
+
+
 @jax.jit
-def _bit_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _device_checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     def one(x):
         bits = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)  # wraps; whole numbers, so the same on any mesh
+        place, size = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(size % 2**32)
+            size *= x.shape[axis]
+        mixed = bits.astype(jnp.uint32) ^ place * jnp.uint32(_PLACE)
+        for shift, factor in _MIXING:
+            mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
+        return mixed.sum(dtype=jnp.uint32)
 
     return {name: one(x) for name, x in leaves.items()}
 
 
-def _sums(**parts: PyTree) -> dict[str, int]:
+def _checksums(**parts: PyTree) -> dict[str, int]:
     leaves = {f"{part}.{name}": x for part, tree in parts.items() for name, x in named_leaves(tree).items()}
-    return {name: int(total) for name, total in jax.device_get(_bit_sums(leaves)).items()}
+    return {name: int(total) for name, total in jax.device_get(_device_checksums(leaves)).items()}
+
+
+def checksum(array: np.ndarray, first: int = 0) -> int:
+    """The checksum of elements that lie in a row in an array, from number `first` on, without a device."""
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * min(array.dtype.itemsize, 4)}")
+    first *= max(array.dtype.itemsize // 4, 1)  # a float64 counts as two
+    size, total = 2**15, 0  # what the cache of a core holds
+    places = np.arange(size, dtype=np.uint32) * np.uint32(_PLACE)
+    mixed, shifted = np.empty_like(places), np.empty_like(places)
+    for start in range(0, bits.size, size):
+        part = bits[start : start + size]
+        m, s = mixed[: part.size], shifted[: part.size]
+        np.add(places[: part.size], np.uint32((first + start) * _PLACE % 2**32), out=m)
+        np.bitwise_xor(m, part, out=m)
+        for shift, factor in _MIXING:
+            np.right_shift(m, shift, out=s)
+            np.bitwise_xor(m, s, out=m)
+            if factor != 1:
+                np.multiply(m, np.uint32(factor), out=m)
+        total += int(m.sum(dtype=np.uint64))
+    return total % 2**32
 
 
 def _hash(data: Any) -> str:
@@ -170,7 +205,7 @@ class Checkpoints:
             "params": params,
             "optimizer": flat,
             "data": data,
-            "run": {**run, "bit_sums": _sums(params=params, optimizer=flat), "data_hash": _hash(data)},
+            "run": {**run, "checksums": _checksums(params=params, optimizer=flat), "data_hash": _hash(data)},
         }
         try:
             self._pending = (step, self._orbax.save_checkpointables_async(step, parts, force=True))
@@ -238,7 +273,7 @@ def check_resumable(workdir: str | pathlib.Path) -> None:
     """Raises CheckpointError if the latest checkpoint is one of parameters alone, as a conversion writes."""
     path = _path(workdir, None)
     try:
-        sums = files.read_json(path / "run" / "data.json")["bit_sums"]
+        sums = dict(files.read_json(path / "run" / "data.json")["checksums"])
     except (OSError, ValueError, KeyError, TypeError):
         return  # damaged, which is for `restore` to say
     if not any(name.startswith("optimizer.") for name in sums):
@@ -268,10 +303,10 @@ def restore(
     path = _path(workdir, step)
     flat = named_leaves(optimizer)
     loaded = _load(path, {"params": params, "optimizer": flat, "data": None, "run": None})
-    _check_sums(path, loaded["run"], params=loaded["params"], optimizer=loaded["optimizer"])
+    _check_checksums(path, loaded["run"], params=loaded["params"], optimizer=loaded["optimizer"])
     if loaded["run"].pop("data_hash", None) != _hash(loaded["data"]):
         raise _damaged(path, "another data position than was saved")
-    del loaded["run"]["bit_sums"]
+    del loaded["run"]["checksums"]
     leaves = [loaded["optimizer"][name] for name in flat]
     return loaded["params"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves), loaded["data"], loaded["run"]
 
@@ -336,6 +371,7 @@ class ParamsWriter:
         self._config = config
         self._arrays: dict[tuple[str, ...], tensorstore.TensorStore] = {}
         self._missing: dict[tuple[str, ...], int] = {}
+        self._shapes = {path: shape for path, (shape, _, _) in leaves.items()}
         self._sums: dict[str, int] = {}
         self._params = self._step.parent.parent / "params"
         self._params.mkdir(parents=True)
@@ -364,13 +400,14 @@ class ParamsWriter:
         try:
             return future.result()
         except ValueError as error:  # how TensorStore says that a write failed
-            raise OSError(f"{self._params}: cannot be written ({files.first_line(error)})") from error
+            raise OSError(f"{self._params}: cannot be written ({_said(error)})") from error
 
     def write(self, path: tuple[str, ...], stack: tuple[int, ...], array: np.ndarray) -> None:
         """Writes one layer of a leaf (`stack` says which; () for a leaf that is not stacked), once."""
         self._do(self._arrays[path][stack].write(np.ascontiguousarray(array)))
         name = ".".join(path)
-        self._sums[name] = (self._sums[name] + bit_sum(array)) % 2**32
+        first = _first(stack, self._shapes[path])
+        self._sums[name] = (self._sums[name] + checksum(array, first)) % 2**32
         self._missing[path] -= 1
 
     def finish(self) -> None:
@@ -387,10 +424,13 @@ class ParamsWriter:
         flags = {"use_ocdbt": False, "use_zarr3": True, "store_array_data_equal_to_fill_value": True}
         files.write_json(self._params / "_METADATA", {"tree_metadata": described, **flags, "custom_metadata": None})
         # Orbax writes everything round the arrays for a stand-in, whose place they take.
-        run = {"bit_sums": {f"params.{name}": total for name, total in self._sums.items()}}
+        run = {"checksums": {f"params.{name}": total for name, total in self._sums.items()}}
         self._step.parent.mkdir()
-        with _context():
-            ocp.save_checkpointables(self._step, {"params": {"stand_in": np.zeros(1)}, "run": run})
+        try:
+            with _context():
+                ocp.save_checkpointables(self._step, {"params": {"stand_in": np.zeros(1)}, "run": run})
+        except Exception as error:  # Orbax raises many kinds
+            raise OSError(f"{self._step}: cannot be written ({files.first_line(error)})") from error
         shutil.rmtree(self._step / "params")
         self._params.rename(self._step / "params")
         write_model(self._step.parent.parent, self._config)
@@ -418,16 +458,15 @@ class ParamsReader:
     def __init__(self, workdir: str | pathlib.Path, step: int | None = None):
         self._path = _path(workdir, step)
         self.config = read_model(workdir)
-        described = _metadata(self._path, "params")["params"]
-        self.leaves = {
-            tuple(name.split(".")): (tuple(x.shape), np.dtype(x.dtype)) for name, x in named_leaves(described).items()
-        }
         try:
-            self._bit_sums = dict(files.read_json(self._path / "run" / "data.json")["bit_sums"])
-            flags = files.read_json(self._path / "params" / "_METADATA")
-            self._ocdbt, self._zarr3 = bool(flags["use_ocdbt"]), bool(flags["use_zarr3"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _damaged(self._path, files.first_line(error)) from error
+            self._checksums = dict(files.read_json(self._path / "run" / "data.json")["checksums"])
+            described = files.read_json(self._path / "params" / "_METADATA")
+            self._ocdbt, self._zarr3 = bool(described["use_ocdbt"]), bool(described["use_zarr3"])
+            paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in described["tree_metadata"].values()]
+            arrays = {path: self._tensorstore(path, cache_bytes=0) for path in paths}
+        except Exception as error:  # JSON of any other kind; TensorStore raises many kinds
+            raise _damaged(self._path, _said(error)) from error
+        self.leaves = {path: (tuple(array.shape), array.dtype.numpy_dtype) for path, array in arrays.items()}
         self._open: tuple[tuple[str, ...], Any] | None = None
         self._sums: dict[tuple[str, ...], dict[tuple[int, ...], int]] = {path: {} for path in self.leaves}
 
@@ -435,8 +474,6 @@ class ParamsReader:
         if self._open is None or self._open[0] != path:
             shape, dtype = self.leaves[path]
             array = self._tensorstore(path, cache_bytes=0)
-            if tuple(array.shape) != shape or array.dtype.numpy_dtype != dtype:
-                raise ValueError(f"it is {array.dtype.name}{list(array.shape)}; its description says another")
             if any(n > 1 for n in array.chunk_layout.read_chunk.shape[:stacked]):
                 # Layers that lie in one chunk: it is decoded once, not for each of them.
                 array = self._tensorstore(path, cache_bytes=math.prod(shape) * dtype.itemsize + 2 * _CHUNK_BYTES)
@@ -464,18 +501,19 @@ class ParamsReader:
         try:
             array = self._array(path, len(stack))[stack].read().result()
         except Exception as error:  # TensorStore raises many kinds
-            raise _damaged(self._path, f"{'.'.join(path)}: {files.first_line(error)}") from error
+            raise _damaged(self._path, f"{'.'.join(path)}: {_said(error)}") from error
         sums, name = self._sums[path], f"params.{'.'.join(path)}"
-        sums[stack] = bit_sum(array)
+        sums[stack] = checksum(array, _first(stack, self.leaves[path][0]))
         whole = len(sums) == math.prod(self.leaves[path][0][: len(stack)])
-        if whole and sum(sums.values()) % 2**32 != self._bit_sums.get(name):
+        if whole and sum(sums.values()) % 2**32 != self._checksums.get(name):
             raise _damaged(self._path, f"other bits than were saved in {name}")
         return array
 
 
-def bit_sum(array: np.ndarray) -> int:
-    """The sum of an array's elements' bits modulo 2^32, as `_bit_sums` computes it on devices."""
-    return int(array.view(f"uint{8 * array.dtype.itemsize}").sum(dtype=np.uint64)) % 2**32
+def _first(stack: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """Number of the first element of a layer, in a leaf of that shape."""
+    layer = int(np.ravel_multi_index(stack, shape[: len(stack)])) if stack else 0
+    return layer * math.prod(shape[len(stack) :])
 
 
 def check_shapes(path: str | pathlib.Path, part: str, found: PyTree, wanted: PyTree) -> None:
@@ -502,11 +540,11 @@ def _describe(leaf: Any) -> str:
     return "absent" if leaf is None else f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
 
 
-def _check_sums(path: pathlib.Path, run: Any, **parts: PyTree) -> None:
-    wanted = run.get("bit_sums") if isinstance(run, dict) else None
+def _check_checksums(path: pathlib.Path, run: Any, **parts: PyTree) -> None:
+    wanted = run.get("checksums") if isinstance(run, dict) else None
     if not isinstance(wanted, dict):
-        raise _damaged(path, "no sums of the saved bits")
-    wrong = [name for name, total in _sums(**parts).items() if wanted.get(name) != total]
+        raise _damaged(path, "no checksums of the saved arrays")
+    wrong = [name for name, total in _checksums(**parts).items() if wanted.get(name) != total]
     if wrong:
         raise _damaged(path, f"other bits than were saved in {', '.join(wrong[:8])}")
 
@@ -515,3 +553,8 @@ def _damaged(path: pathlib.Path, what: str) -> CheckpointError:
     others = [step for step in steps(path.parent.parent) if str(step) != path.name]
     go_on = f"resume from step {others[-1]}" if others else "start again (there is no other checkpoint)"
     return CheckpointError(f"the checkpoint {path} is damaged: {what}. Remove that folder to {go_on}.")
+
+
+def _said(error: BaseException) -> str:
+    """What TensorStore says of an error, without its specification of the array."""
+    return files.first_line(error).partition(" [tensorstore_spec=")[0]

@@ -131,7 +131,8 @@ class ModelConfig:
             if not 0 <= layer < self.n_layers:
                 raise ValueError(f"mem_layers has {layer}; wanted layers in 0..{self.n_layers - 1} (n_layers)")
         if isinstance(self.eos_id, (list, tuple)):
-            set_("eos_id", tuple(self.eos_id) if len(self.eos_id) > 1 else self.eos_id[0] if self.eos_id else None)
+            ids = tuple(map(int, self.eos_id))
+            set_("eos_id", ids if len(ids) > 1 else ids[0] if ids else None)
         set_("last_context_length", max(1, min(self.last_context_length, self.window)))
 
     def _check_types(self) -> None:
@@ -292,9 +293,13 @@ def from_hf(fields: dict[str, Any]) -> ModelConfig:
         if theirs in fields and (fields[theirs] is not None or theirs.endswith("token_id"))
     }
     known["rope_base"] = _rope_base(fields)
+    if kind == "llama":  # the default of transformers; the published LongLLaMA's is 0
+        known.setdefault("pad_id", None)
     for name in ("bos_id", "eos_id", "pad_id"):  # -1 stands for none in early LLaMA configurations
         if known.get(name) == -1:
             known[name] = None
+    if isinstance(known.get("eos_id"), list):
+        known["eos_id"] = [i for i in known["eos_id"] if i != -1]
     mem_layers = fields.get("mem_layers") or ()
     if not isinstance(mem_layers, (list, tuple)) or not all(isinstance(layer, int) for layer in mem_layers):
         raise ValueError(f"config.json: mem_layers is {mem_layers!r}; wanted a list of whole numbers")

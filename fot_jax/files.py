@@ -33,19 +33,41 @@ def copy_tokenizer(source: pathlib.Path, directory: pathlib.Path) -> list[str]:
     return found
 
 
-def write(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file beside and renames it, so that no reader and no crash ever sees half of it."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A path to write, renamed to the one wanted when all is written, so that no reader and no crash ever sees half of
+    it. Where a link is there, what it points to is replaced; a device or a pipe is written itself.
+    """
+    path = pathlib.Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        partial.write_bytes(data)
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def failing_as(path: str | os.PathLike) -> Iterator[None]:
+    """Names the path in what a full disk and the like raise, as system calls on open files do not."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror})") from error
+
+
+def write(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a whole file, as `replacing` does."""
+    with failing_as(path), replacing(path) as partial:
+        partial.write_bytes(data)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file, beside and renamed."""
-    write(pathlib.Path(path), (json.dumps(value, indent=2) + "\n").encode())
+    """Writes a JSON file, as `replacing` does."""
+    write(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: pathlib.Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -85,9 +107,18 @@ def beside(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
                 parent.rmdir()
 
 
-def put_in_place(partial: pathlib.Path, directory: str | os.PathLike) -> None:
-    """Renames a whole directory to its name, in place of one that is there."""
+def put_in_place(partial: pathlib.Path, directory: str | os.PathLike, *, replace: bool = False) -> None:
+    """Renames a whole directory to its name.
+
+    Args:
+        replace: whether one that is there makes way for it.
+
+    Raises:
+        FileExistsError: something is there, and shall not be replaced.
+    """
     directory = pathlib.Path(os.path.abspath(directory))
+    if os.path.lexists(directory) and not replace:
+        raise FileExistsError(f"{directory} is there now; wanted a new directory")
     if directory.exists():
         old = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
         try:

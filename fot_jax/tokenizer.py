@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -222,6 +223,8 @@ class TokenizerJson(Tokenizer):
         self._data = data
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
 
+        self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        self._byte_fallback = '"ByteFallback"' in json.dumps(json.loads(data).get("decoder"))
         # What the file puts round a text.
         encoding = self._tokenizer.encode("a")
         text = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
@@ -258,7 +261,11 @@ class TokenizerJson(Tokenizer):
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """See `Tokenizer.decode`; other special tokens give nothing either."""
         silent = set(self._ids.values())
-        return self._tokenizer.decode([int(i) for i in ids if int(i) not in silent], skip_special_tokens=True)
+        shown = [int(i) for i in ids if int(i) not in silent]
+        if not self._byte_fallback:
+            return self._tokenizer.decode(shown, skip_special_tokens=True)
+        tokens = [self._tokenizer.id_to_token(i) for i in shown if i not in self._special]
+        return self._tokenizer.decoder.decode(_joined_bytes([token for token in tokens if token is not None]))
 
     def save(self, path: str | os.PathLike) -> None:
         """See `Tokenizer.save`."""
@@ -267,6 +274,24 @@ class TokenizerJson(Tokenizer):
         names = {role: None if i is None else self._tokenizer.id_to_token(i) for role, i in self._ids.items()}
         files.write_json(path.with_name(_CONFIG), {**names, "add_bos_token": self.adds_bos})
         files.write(path, self._data)
+
+
+def _joined_bytes(tokens: Iterable[str]) -> list[str]:
+    """Tokens with every run of bytes, <0xNN>, as its text. The package makes a sign for the unknown of each byte of a
+    run that is not UTF-8 as a whole: what was a character before it would be none after the next byte.
+    """
+    out: list[str] = []
+    run = bytearray()
+    for token in [*tokens, None]:
+        if token is not None and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+            run.append(int(token[3:5], 16))
+            continue
+        if run:
+            out.append(run.decode("utf-8", "replace"))
+            run.clear()
+        if token is not None:
+            out.append(token)
+    return out
 
 
 # In the order in which a directory is searched.

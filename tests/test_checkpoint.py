@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_never_passed_over(workdir, file, how)
 
 @pytest.mark.parametrize(
     ("part", "content", "message"),
-    [("data", '{"n": 11}', "another data position than was saved"), ("run", "{}", "no sums of the saved bits")],
+    [("data", '{"n": 11}', "another data position than was saved"), ("run", "{}", "no checksums of the saved arrays")],
 )
 def test_json_that_was_not_saved_is_found(workdir, part, content, message):
     (workdir / "checkpoints" / "12" / part / "data.json").write_text(content)
@@ -143,6 +143,36 @@ def test_a_flipped_bit_is_found(tmp_path):
         reader = checkpoint.ParamsReader(tmp_path)
         for row in range(64):
             reader.read(("w",), (row,))
+
+
+def test_checksums_are_those_of_a_device_and_of_parts(devices):
+    """Of one device, of eight, of layers one by one, and of the definition in Python's own numbers."""
+    rng = np.random.default_rng(0)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 2}, devices)
+    for dtype in ("float32", "bfloat16", "int32", "bool"):
+        array = rng.integers(0, 2**31, (4, 8, 300)).astype(jnp.dtype(dtype))
+        wanted = checkpoint.checksum(array)
+        parts = sum(checkpoint.checksum(layer, i * layer.size) for i, layer in enumerate(array))
+        assert parts % 2**32 == wanted
+        for place in (devices[0], NamedSharding(mesh, P("tensor", "fsdp"))):
+            assert checkpoint._checksums(a=jax.device_put(array, place)) == {"a.": wanted}
+        bits = array.reshape(-1).view(f"uint{8 * array.dtype.itemsize}")[:100]
+
+        def one(bits, place):
+            x = bits ^ place * 0x9E3779B1 % 2**32
+            x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+            x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+            return x ^ x >> 16
+
+        first = array.reshape(-1)[:100]
+        assert checkpoint.checksum(first) == sum(one(int(b), i) for i, b in enumerate(bits)) % 2**32
+
+
+def test_what_a_plain_sum_would_miss_changes_a_checksum():
+    array = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    signs, exchanged = array.copy(), array[[1, 0, 2, 3]]
+    signs[0, 3], signs[2, 7] = -signs[0, 3], -signs[2, 7]
+    assert len({checkpoint.checksum(x) for x in (array, signs, exchanged)}) == 3
 
 
 def test_half_written_checkpoints_are_not_seen_and_are_removed(workdir):

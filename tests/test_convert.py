@@ -169,6 +169,12 @@ def test_what_is_asked_of_memory_does_not_depend_on_the_format(tmp_path, saved):
     fields = {**fot_jax.config.to_hf_llama(PLAIN), "torch_dtype": "float16"}
     (source / "config.json").write_text(json.dumps(fields))
     opened = formats.open_checkpoint(source)
+    assert opened.config.pad_id == PLAIN.pad_id
+    for name in ("torch_dtype", "pad_token_id"):  # without them, what the tensors have, and none
+        del fields[name]
+    (source / "config.json").write_text(json.dumps(fields))
+    opened = formats.open_checkpoint(source)
+    assert opened.config.pad_id is None
     assert not opened.states_memory_dtype and opened.config.dtypes == DtypePolicy(*["float16"] * 3)
     assert fot_jax.load_pretrained(source)[0].dtypes == DtypePolicy(*["float32"] * 3)
     for dtype, memory in (("bfloat16", "bfloat16"), (None, "float16")):
@@ -323,6 +329,28 @@ def test_a_destination_that_is_there_is_kept_unless_told_otherwise(tmp_path, sav
     assert names(tmp_path) == ["other", "source", "there"]
     convert(source, source, "--to", "hf", "--overwrite", fails=2)
     assert "holds the source" in capsys.readouterr().err
+    convert(tmp_path / "there", tmp_path / "there" / "checkpoints", "--to", "hf", "--overwrite", fails=2)
+    assert "holds the source" in capsys.readouterr().err
+    (tmp_path / "links").mkdir()
+    for file in source.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    convert(tmp_path / "links", source, "--to", "hf", "--overwrite", fails=2)
+    assert "holds the source" in capsys.readouterr().err
+
+
+def test_a_destination_that_appears_meanwhile_is_kept(tmp_path, saved, monkeypatch, capsys):
+    source, _ = saved(PLAIN)
+    write = writers.write
+
+    def slow(plan, directory, progress):
+        (tmp_path / "x").mkdir()
+        (tmp_path / "x" / "kept").write_text("")
+        return write(plan, directory, progress)
+
+    monkeypatch.setattr(writers, "write", slow)
+    convert(source, tmp_path / "x", "--to", "hf", fails=2)
+    assert "x is there now; wanted a new directory" in capsys.readouterr().err
+    assert names(tmp_path / "x") == ["kept"] and names(tmp_path) == ["source", "x"]
 
 
 @pytest.mark.parametrize("last", [1, 2])
@@ -344,7 +372,7 @@ def test_overwriting_keeps_the_old_or_has_the_new(tmp_path, monkeypatch, last, d
     monkeypatch.setattr(pathlib.Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), files.beside(tmp_path / "there") as partial:
         (partial / "new").write_text("")
-        files.put_in_place(partial, tmp_path / "there")
+        files.put_in_place(partial, tmp_path / "there", replace=True)
     assert names(tmp_path / "there") == (["new"] if (last, done) == (2, True) else ["old"])
 
 
@@ -375,8 +403,8 @@ def test_no_room_is_said_before_the_work(tmp_path, saved, monkeypatch, capsys):
 def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, number):
     source, _ = saved(PLAIN)
     write = writers.write
-    # A process that a shell put in the background ignores SIGINT; the tests may be one.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A process that a shell put in the background ignores SIGINT, one under nohup SIGHUP; the tests may be either.
+    before = signal.signal(number, signal.default_int_handler)
 
     def interrupted(plan, directory, progress):
         def stop(nbytes):
@@ -389,7 +417,7 @@ def test_an_interruption_leaves_nothing(tmp_path, saved, monkeypatch, capsys, nu
     try:
         convert(source, tmp_path / "made" / "for" / "x", "--to", "orbax", fails=2)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     assert "interrupted; DST is what it was, or complete" in capsys.readouterr().err
     assert names(tmp_path) == ["source"]
 
@@ -470,6 +498,7 @@ assert jax.config.jax_platforms == "cuda,tpu"
         (["absent", "x", "--to", "orbax"], "absent: no such file or directory"),
         (["empty", "x", "--to", "orbax"], "empty: no model; wanted config.json and weights"),
         (["file", "x", "--to", "orbax"], "file: begins with b'abcd'"),
+        (["pipe", "x", "--to", "orbax"], "pipe: a device or a pipe; wanted a file or a directory"),
         (["source", "x", "--to", "orbax", "--window", "0"], "window is 0; wanted at least 1"),
         (["a\x1b[31m\nb", "x", "--to", "orbax"], "a\\x1b[31m b: no such file or directory"),
     ],
@@ -478,6 +507,7 @@ def test_errors_are_one_line(tmp_path, saved, monkeypatch, capsys, args, message
     saved(PLAIN)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_bytes(b"abcdefgh")
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
     convert(*args, fails=2)
     error = capsys.readouterr().err

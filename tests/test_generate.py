@@ -262,11 +262,14 @@ def test_later_tokens_change_no_earlier_logits_in_topk_memory():
 # What a program depends on.
 
 
-def test_inputs_of_many_lengths_share_one_program_of_each_kind():
+@pytest.mark.parametrize("committed", [False, True])
+def test_inputs_of_many_lengths_share_one_program_of_each_kind(committed):
     module = sys.modules["fot_jax.generate"]
     sizes = lambda: [f._cache_size() for f in (module._prefill_in_place, module._extend, module._decode)]
-    config = SMALL.replace(vocab_size=12)  # no other test's
+    config = SMALL.replace(vocab_size=11 + committed)  # no other test's
     params = reference.random_params(config)
+    if committed:  # as `load_pretrained` gives them
+        params = jax.device_put(params, jax.devices()[0])
 
     def run(length, new, **options):
         fot_jax.generate(config, params, np.ones((1, length), np.int32), new, key=jax.random.key(0), **options)
@@ -277,7 +280,12 @@ def test_inputs_of_many_lengths_share_one_program_of_each_kind():
     before = sizes()
     for length, new in ((100, 5), (1234, 100), (2, 1)):
         run(length, new)
+    extend(config, params, prefill(config, params, np.ones((1, 40), np.int32), room=9), np.ones((1, 9), np.int32))
     assert sizes() == before
+    programs = module._prefill_kept._cache_size()
+    for length in (40, 47):
+        fot_jax.long_forward(config, params, np.ones((1, length), np.int32))
+    assert module._prefill_kept._cache_size() == programs + 1
     run(9, 3, temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.1)
     before = sizes()
     run(31, 7, temperature=1, top_k=2, top_p=0.2, repetition_penalty=2)
@@ -393,6 +401,7 @@ SAMPLINGS = [
     Sampling(0.9, top_p=0.8),
     Sampling(2.0, top_k=30, top_p=0.5, repetition_penalty=1.4),
     Sampling(1.0, top_k=1, repetition_penalty=0.5),
+    Sampling(1.2e-38),
     Sampling(1.0, top_k=10**6, top_p=1e-6),
 ]
 

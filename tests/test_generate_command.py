@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import jax
@@ -15,6 +16,7 @@ import numpy_reference as reference
 import pytest
 
 import fot_jax
+from fot_jax import files
 from fot_jax.config import ModelConfig
 from fot_jax.generate.__main__ import main
 from fot_jax.tokenizer import open_tokenizer, train_tokenizer
@@ -138,6 +140,35 @@ def test_files_and_stdin_give_prompts(command, tmp_path, monkeypatch):
         assert command(*arguments, "--max-new-tokens", 8)[1] == wanted
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_results_go_where_a_link_or_a_pipe_leads(command, tmp_path, kind):
+    (tmp_path / "there").write_text("old")
+    path = tmp_path / kind
+    if kind == "link":
+        path.symlink_to(tmp_path / "there")
+    else:
+        os.mkfifo(path)
+        reading = subprocess.Popen(["cat", path], stdout=(tmp_path / "there").open("wb"))
+    files.write_json(path, {"a": 1})
+    if kind == "pipe":
+        assert reading.wait() == 0 and path.is_fifo()
+        status, _, err, _ = command("--prompt", PROMPT, "--max-new-tokens", 0, "--save-memory", path)
+        assert status == 2 and "a device; wanted a file's name" in err
+    assert path.is_symlink() == (kind == "link")
+    assert json.loads((tmp_path / "there").read_text()) == {"a": 1}
+
+
+def test_a_model_without_memory_says_what_it_leaves_out(tmp_path, capfd):
+    config = ModelConfig(vocab_size=20, d_model=16, d_ff=20, n_layers=1, n_heads=2, window=16, last_context_length=8)
+    fot_jax.save_pretrained(tmp_path, config, jax.tree.map(np.asarray, reference.random_params(config)))
+    args = [str(tmp_path), "--print-ids", "--max-new-tokens", "1", "--prompt-ids"]
+    assert main([*args, " ".join(["3"] * 50)]) == 0
+    err = capfd.readouterr().err
+    assert "has no memory layers: only the last 8 tokens of a prompt are read" in err and "read 8 tokens" in err
+    assert main([*args, "3 4 5"]) == 0
+    assert "memory layers" not in capfd.readouterr().err
+
+
 def test_sampling_follows_its_seed(command):
     draw = lambda seed: command("--prompt", PROMPT, "--temperature", 1.5, "--top-p", 0.9, "--seed", seed)[3]["results"]
     first = draw(1)
@@ -151,6 +182,7 @@ def test_a_saved_memory_answers_as_if_the_prompt_were_read_again(command, tmp_pa
     assert (status, out, found["results"][0]["tokens"]) == (0, "", [])
     status, _, _, found = command("--load-memory", file, *options)
     assert status == 0 and found["results"][0]["tokens"] == whole["tokens"]
+    assert found["results"][0]["text"] == whole["text"]
     # Reading on is as if the tokens had been generated; two questions about one memory.
     ids = " ".join(map(str, whole["tokens"][:11]))
     questions = ["--prompt-ids", ids, "--prompt-ids", ids, "--max-new-tokens", 19, "--repetition-penalty", 1.5]
@@ -194,6 +226,7 @@ def test_a_budget_bounds_memory(command):
         (["--load-memory", "/nowhere"], "saved memory /nowhere: no such file"),
         (["--prompt", "a", "--tokenizer", "/nowhere"], "tokenizer /nowhere: no such file"),
         (["--prompt", "a", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--prompt", "a\udcff"], r"--prompt 'a\\udcff': not UTF-8"),
     ],
 )
 def test_input_that_does_not_fit_is_one_line(command, monkeypatch, arguments, message):

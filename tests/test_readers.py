@@ -308,7 +308,7 @@ def test_meta(tmp_path, name, parts, rows, dtype):
     config, tensors = CONFIGS[name], hf_tensors(CONFIGS[name], dtype)
     source = meta.open_directory(write_meta(tmp_path / "m", config, tensors, parts, rows))
     assert {tensor.dtype for name, tensor in source.tensors.items() if name != "rope.freqs"} == {np.dtype(dtype)}
-    assert_holds(source, config, wanted_params(tmp_path, config, tensors))
+    assert_holds(source, config.replace(pad_id=None), wanted_params(tmp_path, config, tensors))
     assert open_checkpoint(tmp_path / "m").config.dtypes.params == np.dtype(dtype).name
 
 
@@ -478,7 +478,7 @@ def test_meta_models_of_other_maths_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             meta.open_directory(directory)
     path.write_text(json.dumps(fields | {"use_scaled_rope": False, "multiple_of": 20, "ffn_dim_multiplier": 0.25}))
-    assert meta.open_directory(directory).config == PLAIN
+    assert meta.open_directory(directory).config == PLAIN.replace(pad_id=None)
     for text in ("[1]", "{", "[" * 10**5, '{"dim": ' + "1" * 5000 + "}", "null"):
         path.write_text(text)
         with pytest.raises(ValueError, match="params.json: (not JSON|holds a)"):
@@ -588,22 +588,21 @@ def test_easylm_configurations(tmp_path):
             easylm.open_checkpoint(path)
 
 
-# A dictionary with the tuple on top as its key, after which the pickle ends.
-KEY = b"Ns."
+# A dictionary, and on it a tuple of one tuple twice, which holds another twice, and so on: as a key, 2**60 to hash.
+DOUBLED = b"\x80\x04})" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(60))
+BIG = b"\x80\x04(" + b"N" * 100_000 + b"l\x94"  # a list, object 0
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        # An object numbered 2**31 - 1, for which pickle makes room.
-        (b"\x80\x04Nr\xff\xff\xff\x7f.", "numbers an object 2147483647"),
-        # (x, x) of x = (y, y) of y ...: 2**60 tuples to hash.
-        (b"\x80\x04})" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(60)) + KEY, "again"),
-        # The same with a state of None put on each, so that what is numbered was not just made.
-        (b"\x80\x04})" + b"".join(b"Nb\x94h" + bytes([i]) + b"\x86" for i in range(60)) + KEY, "again"),
-        (b"\x80\x04})" + b"2\x86" * 60 + KEY, "operation DUP"),
-        (b"\x80\x04})" + b"\x85" * 500_000 + KEY, "more than 10000 tuples"),
+        (DOUBLED + b"Ns.", "a dict has a tuple for a key"),
+        (b"\x80\x04](N\x90.", "it adds to a list as to a set"),
+        (b"\x80\x04(}" + DOUBLED[3:] + b"Nd.", "for a key"),
+        (b"\x80\x04})" + b"\x85" * 500_000 + b"Ns.", "a dict has a tuple for a key"),
         (b"\x80\x04" + b"]0" * 600_000 + b"].", "1,200,004 bytes; wanted at most 1,048,576"),
+        (BIG + b"0" + b"cbuiltins\ndict\nh\x00\x85R" * 30_000 + b".", "TypeError"),
+        (BIG + b"]h\x00b.", "it gives a list a state"),
     ],
 )
 def test_pickles_that_would_take_for_ever_are_refused(tmp_path, data, message):
@@ -612,13 +611,29 @@ def test_pickles_that_would_take_for_ever_are_refused(tmp_path, data, message):
         pickles.read_values(tmp_path / "x.pkl")
 
 
+def test_pickles_take_no_more_memory_than_they_say(tmp_path):
+    """An object numbered 2**31 - 1, for which a list of so many would be made; a long list that sets are made of."""
+    sets = DOUBLED + b"0\x8f(" + b"h\x01" * 100 + b"\x90."
+    for data in (sets, b"\x80\x04Nr\xff\xff\xff\x7f.", BIG + b"0" + b"cbuiltins\nset\nh\x00\x85R" * 30_000 + b"."):
+        (tmp_path / "x.pkl").write_bytes(data)
+        tracemalloc.start()
+        pickles.read_values(tmp_path / "x.pkl")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 30e6
+
+
 def test_plain_pickles_are_read(tmp_path):
     shared = (0.9, 0.95)
-    values = {"a": shared, "b": [shared, {"c": None}], "d": {1}, "e": OrderedDict(f=True), ("g", 1): -1.5}
+    config = ConfigDict({"b": shared, "c": {"d": None}})
+    config.e = config_dict.placeholder(tuple)
+    values = {"a": [shared] * 20, "f": OrderedDict(g=True), "h": config, 3: -1.5}
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(values, protocol))
         found = pickles.read_values(tmp_path / "x.pkl")
-        assert found == values | {"d": found["d"]} and set(found["d"]) == {1}
+        fields = found.pop("h").state["_fields"]
+        assert fields["b"] == shared and fields["c"].state["_fields"] == {"d": None}
+        assert found == {name: value for name, value in values.items() if name != "h"}
 
 
 def test_easylm_files_are_found_by_content(tmp_path):

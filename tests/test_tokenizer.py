@@ -20,6 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fot_jax import tokenizer
+from fot_jax.generate.text import TextStream
 from fot_jax.tokenizer import SentencePiece, Tokenizer, TokenizerJson, open_tokenizer, train_tokenizer, write_from_gguf
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -319,6 +320,36 @@ def test_special_tokens_of_a_tokenizer_json(tmp_path):
     unnamed = open_tokenizer(write_json(tmp_path / "7", with_template(made, "<|turn|> $A <|endoftext|>")))
     assert (unnamed.bos_id, unnamed.eos_id, unnamed.adds_bos) == (turn, text_end, True)
     assert unnamed.encode("x").tolist() == open_tokenizer(tmp_path / "0").encode("x").tolist()  # nothing added
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory):
+    """A tokenizer.json as those of Llama 2: pieces with U+2581, bytes for what has no piece."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581abcde"]
+    tokenizers = pytest.importorskip("tokenizers")
+    ids = {word: i for i, word in enumerate(words)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [], unk_token="<unk>", byte_fallback=True))
+    forward, back = tokenizers.normalizers, tokenizers.decoders
+    made.normalizer = forward.Sequence([forward.Prepend("\u2581"), forward.Replace(" ", "\u2581")])
+    made.decoder = back.Sequence([back.Replace("\u2581", " "), back.ByteFallback(), back.Fuse(), back.Strip(" ", 1, 0)])
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return open_tokenizer(write_json(tmp_path_factory.mktemp("bytes"), made))
+
+
+@given(text=st.text(alphabet="ab d\n€é🙂日", max_size=40), cuts=st.lists(st.integers(1, 5), min_size=1, max_size=9))
+def test_bytes_in_a_tokenizer_json_are_streamed_as_they_become_characters(byte_fallback, text, cuts):
+    prompt, ids = byte_fallback.encode("ab"), byte_fallback.encode(text)
+    assert byte_fallback.decode(ids) == text
+    wanted = byte_fallback.decode([*prompt, *ids]).removeprefix("ab")
+    stream, out, turn = TextStream(byte_fallback, prompt), "", 0
+    while len(ids):
+        size = cuts[turn % len(cuts)]
+        out, ids, turn = out + stream.push(ids[:size]), ids[size:], turn + 1
+        assert wanted.startswith(out)
+    assert out + stream.finish() == wanted
+    # Bytes that are no character are a sign each, or one for the beginning of a character, and change nothing before.
+    broken = [int(i) for i in byte_fallback.encode("🙂")]
+    assert byte_fallback.decode([*broken, *broken[1:4]]) == "🙂\ufffd"
 
 
 def test_whether_a_tokenizer_json_expects_bos(tmp_path):

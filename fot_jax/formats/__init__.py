@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
 
-from fot_jax.config import FLOAT_DTYPES, ModelConfig
+from fot_jax.config import ModelConfig
 from fot_jax.formats import easylm, gguf, hf, meta, ours
 from fot_jax.formats.source import Source
 
@@ -37,18 +36,20 @@ def open_checkpoint(
 def _open(path: pathlib.Path, size: ModelConfig | None) -> Source:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; wanted a checkpoint")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path}: a device or a pipe; wanted a file or a directory")
     if (path / "model.json").is_file():
         return ours.open_workdir(path)
     if (path / "config.json").is_file() and hf.is_checkpoint(path):
         return hf.open_directory(path)
 
     if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):
-        return _in_its_dtype(meta.open_directory(path))
+        return meta.open_directory(path).in_its_dtype()
     ggufs = sorted(path.glob("*.gguf")) if path.is_dir() else [path] if _magic(path) == b"GGUF" else []
     if len(ggufs) == 1:
-        return _in_its_dtype(gguf.open_file(ggufs[0]))
+        return gguf.open_file(ggufs[0]).in_its_dtype()
     if streamed := easylm.find(path):
-        return _in_its_dtype(easylm.open_checkpoint(streamed, size=size))
+        return easylm.open_checkpoint(streamed, size=size).in_its_dtype()
     if path.is_file():
         raise ValueError(
             f"{path}: begins with {_magic(path)!r}, no checkpoint this project knows as a single file; wanted GGUF, "
@@ -63,14 +64,3 @@ def _open(path: pathlib.Path, size: ModelConfig | None) -> Source:
 def _magic(path: pathlib.Path) -> bytes:
     with path.open("rb") as file:
         return file.read(4)
-
-
-def _in_its_dtype(source: Source) -> Source:
-    """With a configuration that asks for the dtype most of the numbers have, where the format states none."""
-    sizes: dict[str, int] = {}
-    for tensor in source.tensors.values():
-        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + math.prod(tensor.shape)
-    dtype = max(sizes, key=sizes.__getitem__, default="float32")
-    if dtype not in FLOAT_DTYPES:
-        dtype = "float32"
-    return source.with_dtypes(dtype)

@@ -319,10 +319,15 @@ def _read_config(file: pathlib.Path, tensors: Mapping[str, Tensor]) -> ModelConf
 
 
 def _unpickle(path: pathlib.Path) -> Fields:
-    values = Fields(path, pickles.read_values(path)).values
+    values = Fields(path, _fields_of(pickles.read_values(path))).values
     values = values.get("llama_config", values)
-    # An ml_collections.ConfigDict keeps its fields so.
-    return Fields(path, values["_fields"] if isinstance(values, Mapping) and "_fields" in values else values)
+    return Fields(path, _fields_of(values))
+
+
+def _fields_of(values: Any) -> Any:
+    """Of an ml_collections.ConfigDict, which keeps its fields so; anything else itself."""
+    state = values.state if isinstance(values, pickles.Inert) else None
+    return state["_fields"] if isinstance(state, Mapping) and "_fields" in state else values
 
 
 def _config(fields: Fields, n_tensors: int) -> ModelConfig:
@@ -358,7 +363,7 @@ def _config(fields: Fields, n_tensors: int) -> ModelConfig:
         init_std=fields.number("initializer_range", 0.02),
         bos_id=token("bos_token_id", 1),
         eos_id=token("eos_token_id", 2),
-        pad_id=token("pad_token_id", 0),
+        pad_id=token("pad_token_id", None),
     )
 
 

@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -73,24 +73,25 @@ def open_directory(directory: str | os.PathLike) -> Source:
         raise ValueError(f"{fields.file}: {str(error).removeprefix('config.json: ')}") from error
     states = fields.values.get("model_type") == "longllama" or "mem_dtype" in fields
     tokenizer = lambda to: files.copy_tokenizer(directory, to)
-    return Source(directory, LAYOUT, config, _tensors(directory), tokenizer, states_memory_dtype=states)
+    source = Source(directory, LAYOUT, config, _tensors(directory), tokenizer, states_memory_dtype=states)
+    return source if "dtype" in fields or "torch_dtype" in fields else source.in_its_dtype()
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
     """Whether there are weights in a directory, under one of the names that are looked for."""
     wholes = ("model.safetensors", "pytorch_model.bin")
-    return any((directory / name).exists() for whole in wholes for name in (whole, f"{whole}.index.json"))
+    return any((directory / name).is_file() for whole in wholes for name in (whole, f"{whole}.index.json"))
 
 
 def _tensors(directory: pathlib.Path) -> dict[str, Tensor]:
     for whole, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", pickles.read_tensors)):
         index = directory / f"{whole}.index.json"
         single = directory / whole
-        if single.exists() and index.exists():
+        if single.is_file() and index.is_file():
             raise ValueError(f"{directory}: {whole} and {index.name} are both there; wanted one of them")
-        if single.exists():
+        if single.is_file():
             return read(single)
-        if index.exists():
+        if index.is_file():
             listed = _read_index(index)
             return _join(index, listed, {file: read(directory / file) for file in listed})
     raise FileNotFoundError(
@@ -160,7 +161,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         file = safe_open(path, framework="np")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
     out = {}
     for name, (shape, dtype) in found.items():
@@ -226,7 +227,7 @@ class Writer:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
-        with _failing_as(self.directory / file):
+        with files.failing_as(self.directory / file):
             descriptor = os.open(self.directory / file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             self._stack.callback(os.close, descriptor)
             files.allocate(descriptor, start + end)
@@ -240,7 +241,7 @@ class Writer:
         if tensor.shape != shape or tensor.dtype != dtype:
             raise ValueError(f"tensor {name} is {tensor.dtype}{tensor.shape}; wanted {dtype}{shape}")
         descriptor, offset = self._places.pop(name)
-        with _failing_as(self.directory / self._file_of[name]):
+        with files.failing_as(self.directory / self._file_of[name]):
             files.write_at(descriptor, np.ascontiguousarray(tensor).reshape(-1).view(np.uint8), offset)
 
     def close(self) -> list[str]:
@@ -258,14 +259,6 @@ class Writer:
     def abandon(self) -> None:
         """Closes the files, whole or not."""
         self._stack.close()
-
-
-@contextlib.contextmanager
-def _failing_as(path: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"{path}: cannot be written ({error.strerror})") from error
 
 
 def write_config(directory: pathlib.Path, fields: Mapping[str, Any]) -> str:

@@ -175,7 +175,7 @@ def _config(fields: Fields, tensors: dict[str, Tensor]) -> ModelConfig:
                 f"{d_ff}, rows of layers.0.feed_forward.w1.weight"
             )
     # The files name no special tokens. SentencePiece's of LLaMA 1 and 2 are the defaults; these are Llama 3's.
-    special = dict(bos_id=128000, eos_id=128001, pad_id=None) if vocab_size == 128256 else {}
+    special = dict(bos_id=128000, eos_id=128001) if vocab_size == 128256 else {}
     return fields.config(
         vocab_size=vocab_size,
         d_model=d_model,
@@ -187,6 +187,7 @@ def _config(fields: Fields, tensors: dict[str, Tensor]) -> ModelConfig:
         window=fields.whole("max_seq_len", 2048),
         rope_base=fields.number("rope_theta", 10000.0),
         norm_eps=fields.number("norm_eps"),
+        pad_id=None,
         **special,
     )
 

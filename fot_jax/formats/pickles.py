@@ -15,9 +15,6 @@ import numpy as np
 from fot_jax.files import first_line
 from fot_jax.formats.source import Tensor
 
-# Of a pickle of values, which is a configuration: those have some kilobytes, and hardly ever a tuple twice.
-_MAX_VALUES_BYTES, _MAX_TUPLES, _MAX_SHARED = 2**20, 10_000, 8
-
 
 def read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
     """Tensors by name of a file that `torch.save` wrote, mapped, not read.
@@ -68,31 +65,48 @@ def read_tensors(path: pathlib.Path) -> dict[str, Tensor]:
     return out
 
 
-class _Inert(dict):
-    """Stands for an object whose class is not loaded: keeps the state that was pickled, does nothing."""
+class Inert:
+    """Stands for an object whose class is not loaded, and does nothing.
+
+    Attributes:
+        state: what was pickled as the object's; None where nothing was.
+    """
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any):
+        pass
+
+
+class _Ordered(dict):
+    """Stands for an OrderedDict, filled item by item."""
 
     def __init__(self) -> None:
         super().__init__()
 
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.update(state)
-
 
 # What configurations are pickled with; everything else that names a class or function is refused.
 _KNOWN = {
-    ("collections", "OrderedDict"): _Inert,
-    ("builtins", "set"): list,
-    ("builtins", "frozenset"): list,
-    ("ml_collections.config_dict.config_dict", "ConfigDict"): _Inert,
-    ("ml_collections.config_dict.config_dict", "FrozenConfigDict"): _Inert,
+    ("collections", "OrderedDict"): _Ordered,
+    ("builtins", "set"): Inert,
+    ("builtins", "frozenset"): Inert,
+    ("ml_collections.config_dict.config_dict", "ConfigDict"): Inert,
+    ("ml_collections.config_dict.config_dict", "FrozenConfigDict"): Inert,
     # A placeholder, with the type that its value is to have: a name stands for that, so that it cannot be called.
-    ("ml_collections.config_dict.config_dict", "FieldReference"): _Inert,
-    **{("builtins", name): name for name in ("str", "int", "float", "bool")},
+    ("ml_collections.config_dict.config_dict", "FieldReference"): Inert,
+    **{("builtins", name): name for name in ("str", "int", "float", "bool", "tuple", "list", "dict")},
 }
+_MAX_VALUES_BYTES = 2**20  # of a pickle of values, which is a configuration: those have some kilobytes
 
 
-class _PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle._Unpickler):
+    """The unpickler that is written in Python, with all operations left out that take far more time or memory than
+    their few bytes say: copies of what was there before, sets, and keys other than plain ones (to hash a tuple of one
+    tuple twice, which holds another twice, and so on, is to look at 2^n).
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         module = module.replace("__builtin__", "builtins")  # Python 2's name, and that of protocols up to 2
         if (module, name) not in _KNOWN:
@@ -102,52 +116,67 @@ class _PlainUnpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to data outside itself")
 
+    def _fill(self, items: list[Any]) -> None:
+        filled = self.stack[-1]
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(filled, dict) or not isinstance(key, (str, int, float, bytes, type(None))):
+                raise pickle.UnpicklingError(f"a {type(filled).__name__} has a {type(key).__name__} for a key")
+            filled[key] = value
 
-def _check_cost(data: bytes) -> None:
-    """Refuses a pickle that takes the unpickler far more time or memory than its length says."""
-    if len(data) > _MAX_VALUES_BYTES:
-        raise pickle.UnpicklingError(f"it has {len(data):,} bytes; wanted at most {_MAX_VALUES_BYTES:,}")
-    # To hash a tuple, as a key, is to go down into it: of one tuple twice, which holds another twice, and so on, that
-    # takes 2^n, and of one in one in one the whole of the stack.
-    hashed: dict[int, bool] = {}  # number of an object -> whether it may be a tuple
-    tuples, shared, on_top = 0, 0, True
-    for opcode, argument, _ in pickletools.genops(data):  # fails where a length is beyond the end
-        name = opcode.name
-        if name in ("DUP", "POP", "POP_MARK"):  # written for values that contain themselves alone
-            raise pickle.UnpicklingError(f"it has the operation {name}")
-        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(hashed) if argument is None else int(argument)
-            if number > len(data):  # the unpickler would at once make room for that many objects
-                raise pickle.UnpicklingError(f"it numbers an object {number}")
-            hashed[number] = on_top
-        elif name not in ("PROTO", "FRAME"):
-            if name in ("GET", "BINGET", "LONG_BINGET"):
-                shared += hashed.get(int(argument), True)
-                if shared > _MAX_SHARED:
-                    raise pickle.UnpicklingError(f"it uses tuples again more than {_MAX_SHARED} times")
-            on_top = name not in _NOT_TUPLES
-            tuples += "TUPLE" in name
-            if tuples > _MAX_TUPLES:
-                raise pickle.UnpicklingError(f"it has more than {_MAX_TUPLES} tuples")
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill([key, value])
 
+    def _set_items(self) -> None:
+        self._fill(self.pop_mark())
 
-# Operations that leave on the stack what is neither a tuple nor may hold one and be hashed.
-_NOT_TUPLES = {
-    *("EMPTY_DICT", "DICT", "EMPTY_LIST", "LIST", "EMPTY_SET", "GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ"),
-    *(op.name for op in pickletools.opcodes if op.stack_after and "str" in op.stack_after[0].name),
-    *(op.name for op in pickletools.opcodes if op.stack_after and "bytes" in op.stack_after[0].name),
-}
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._fill(items)
+
+    def _set(self) -> None:
+        self.append(Inert())
+
+    def _add(self) -> None:
+        self.pop_mark()
+        if not isinstance(self.stack[-1], Inert):
+            raise pickle.UnpicklingError(f"it adds to a {type(self.stack[-1]).__name__} as to a set")
+
+    def _frozen_set(self) -> None:
+        self.pop_mark()
+        self.append(Inert())
+
+    def _build(self) -> None:
+        state, built = self.stack.pop(), self.stack[-1]
+        if not isinstance(built, Inert):
+            raise pickle.UnpicklingError(f"it gives a {type(built).__name__} a state")
+        built.state = state
+
+    dispatch |= {
+        pickle.EMPTY_SET[0]: _set,
+        pickle.ADDITEMS[0]: _add,
+        pickle.FROZENSET[0]: _frozen_set,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.DICT[0]: _dict,
+        pickle.BUILD[0]: _build,
+    }
 
 
 def read_values(path: pathlib.Path) -> Any:
-    """Plain Python values of a pickle: numbers, texts, containers; configuration objects as dictionaries.
+    """Plain Python values of a pickle: numbers, texts, lists, tuples, dictionaries; `Inert` for configuration objects
+    and for sets.
 
     Raises:
         ValueError: damaged, or a pickle that names any other class or function (it is not run).
     """
     try:
         data = path.read_bytes()
-        _check_cost(data)
+        if len(data) > _MAX_VALUES_BYTES:
+            raise pickle.UnpicklingError(f"it has {len(data):,} bytes; wanted at most {_MAX_VALUES_BYTES:,}")
+        for _ in pickletools.genops(data):  # fails where a length is beyond the end
+            pass
         return _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ValueError(f"{path}: not a pickle of plain values, or a damaged one ({first_line(error)})") from error

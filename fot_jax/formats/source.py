@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from fot_jax.config import DtypePolicy, ModelConfig
+from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig
 from fot_jax.formats.layout import Entry, Layout, flatten, is_ignored, leaf_shapes, nest, table
 
 FLOATS = tuple(np.dtype(name) for name in ("float64", "float32", "float16", ml_dtypes.bfloat16))
@@ -77,6 +78,14 @@ class Source:
         return self.with_config(
             self.config.replace(dtypes=DtypePolicy(dtype or found.params, dtype or found.compute, memory))
         )
+
+    def in_its_dtype(self) -> Source:
+        """The same model computing in the dtype that most of its numbers have: for files that state none."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + math.prod(tensor.shape)
+        dtype = max(sizes, key=sizes.__getitem__, default="float32")
+        return self.with_dtypes(dtype if dtype in FLOAT_DTYPES else "float32")
 
     def entries(self, config: ModelConfig | None = None) -> list[tuple[Entry, Tensor]]:
         """Every tensor with its place in the tree of `config` (by default its own), in the order of `tensors`.

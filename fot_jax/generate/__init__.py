@@ -4,8 +4,9 @@ A prompt of n tokens with `last_context_length` c: its first max(n - c, 0) token
 W, each window's keys and values entering memory after it; the last c tokens are the open window, to which generation
 appends.
 
-No program depends on how long a prompt is, how full memory, or how many tokens are wanted: windows have one shape, the
-open window's are powers of two, memory comes in powers of two of windows and numbers are arguments.
+No program depends on how long a prompt is, how full memory, or how few tokens are wanted: windows have one shape, the
+open window's are powers of two, memory comes in powers of two of windows, decoding has room for 256 tokens or powers of
+two above, and numbers are arguments.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def long_forward(
     reading = memories.Reading(memory, k)
     (B, T), W = tokens_BT.shape, config.window
     prefix = max(T - c, 0)
-    mem = memories.init_memory(config, B, -(-prefix // W) * W)
+    mem = placed_with(params, memories.init_memory(config, B, -(-prefix // W) * W))
     out = []
     for start in range(0, prefix, W):
         columns = slice(start, min(start + W, prefix))
@@ -207,7 +208,7 @@ def placed_with(params: Any, tree: Any) -> Any:
     may be moved and for those that a program returned.
     """
     leaf = jax.tree.leaves(params)[0]
-    if not isinstance(leaf, jax.Array) or not leaf.committed:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.committed:
         return tree
     sharding = leaf.sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
@@ -265,9 +266,8 @@ def prefill(
     seen_BV = np.zeros((B, config.vocab_size), bool)
     for b in range(B):
         seen_BV[b, tokens_BT[b, : prefix_B[b]]] = True
-    reader = dataclasses.replace(
-        reader, mem=mem, seen_BV=jnp.asarray(seen_BV), length_B=jnp.asarray(prefix_B, jnp.int32)
-    )
+    read = placed_with(params, {"seen_BV": jnp.asarray(seen_BV), "length_B": jnp.asarray(prefix_B, jnp.int32)})
+    reader = dataclasses.replace(reader, mem=mem, **read)
     return _extend_rows(config, params, reader, tokens_BT, prefix_B, length_B, "block", reading, progress)
 
 

@@ -30,10 +30,10 @@ from fot_jax import files, formats
 from fot_jax import memory as memories
 from fot_jax.checkpoint import CheckpointError
 from fot_jax.config import FLOAT_DTYPES, ModelConfig
-from fot_jax.generate import SPILLS, Reader, decode, extend, memory_tokens, prefill
+from fot_jax.generate import OUT_TOKENS, SPILLS, Reader, decode, extend, memory_tokens, prefill
 from fot_jax.generate.sampling import Sampling
 from fot_jax.generate.saved import check_model, check_saved, load_reader, save_reader
-from fot_jax.generate.text import TextStream
+from fot_jax.generate.text import CONTEXT, TextStream
 from fot_jax.host import keep_freed_memory, one_line
 from fot_jax.pretrained import load_pretrained
 from fot_jax.tokenizer import Tokenizer, check_vocab, open_tokenizer
@@ -96,8 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--max-new-tokens", type=_at_least(0), default=128, metavar="N", help="128; 0 only reads")
     sampling.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    sampling.add_argument("--top-k", type=_at_least(0), default=0, metavar="N", help="0: no limit")
-    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    drawn = "where --temperature is above 0"
+    sampling.add_argument("--top-k", type=_at_least(0), default=0, metavar="N", help=f"{drawn}; 0: no limit")
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help=f"{drawn}; 1: no limit")
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X")
     sampling.add_argument("--seed", type=_at_least(0, most=2**63 - 1), default=0)
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; any number of them")
@@ -182,7 +183,7 @@ def _prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: Mode
     """Token ids of every prompt."""
     given = args.prompts
     if not given and not args.load_memory:
-        if sys.stdin.isatty():
+        if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("no prompt; wanted --prompt, --prompt-file, --prompt-ids, --load-memory, or text on stdin")
         given = [("file", "-")]
     begin = [] if args.no_bos or args.load_memory or tokenizer is None or not tokenizer.adds_bos else [tokenizer.bos_id]
@@ -196,6 +197,10 @@ def _prompts(args: argparse.Namespace, tokenizer: Tokenizer | None, config: Mode
             ]
         else:
             text = value if kind == "text" else _read_file(value)
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"--prompt {text!r}: not UTF-8 ({error.reason})") from error
             rows.append([*begin, *map(int, tokenizer.encode(text))])
     for number, row in enumerate(rows):
         if not row and not args.load_memory:
@@ -246,8 +251,7 @@ class _Row:
         if self.finish:
             return ""
         ids = [int(i) for i in ids]
-        ends = [at for at, i in enumerate(ids) if i in self._eos_ids]
-        if ends:
+        if ends := [at for at, i in enumerate(ids) if i in self._eos_ids]:
             ids, self.finish = ids[: ends[0] + 1], "eos"
         if self._stream is None:
             before = " " if self.tokens else ""
@@ -283,12 +287,12 @@ def _write_over(rows: list[_Row], pieces: list[str], outputs: list[str], printed
     if silent:
         return printed
     if len(rows) == 1:
-        sys.stdout.write(pieces[0])
+        print(pieces[0], end="")
     else:
         while printed < len(rows) and rows[printed].finish:
             print(f"--- prompt {printed + 1} of {len(rows)} ---\n{outputs[printed]}")
             printed += 1
-    sys.stdout.flush()
+    print(end="", flush=True)
     return printed
 
 
@@ -310,6 +314,8 @@ def run(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{name}: its folder does not exist")
         if name and pathlib.Path(name).is_dir():
             raise IsADirectoryError(f"{name}: a folder; wanted a file's name")
+    if args.save_memory and pathlib.Path(args.save_memory).exists() and not pathlib.Path(args.save_memory).is_file():
+        raise ValueError(f"--save-memory {args.save_memory}: a device; wanted a file's name")
     if args.load_memory and args.last_context_length:
         raise ValueError("--last-context-length with --load-memory: what was read is in memory already; wanted one")
     config = _model(args)
@@ -328,6 +334,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.load_memory} has {saved['rows']} rows and there are {len(prompts)} prompts")
     if args.load_memory:
         check_model(args.load_memory, saved["model"], config)
+    befores = saved.get("last_tokens", [[]])
+    befores = befores * len(prompts) if len(befores) == 1 else befores
     N, B = args.max_new_tokens, len(prompts)
     new = max(map(len, prompts)) + N
     capacity = _capacity(config, args.memory_bytes, B, saved["tokens"] + new)
@@ -335,13 +343,14 @@ def run(args: argparse.Namespace) -> None:
     _, params = load_pretrained(args.model, dtype=args.dtype)
     clock = _Clock()
     try:
-        total = sum(map(len, prompts))
-        reader, seconds = _read(args, config, params, prompts, new, capacity, clock)
+        total = _tokens_read(args, config, prompts)
+        reader, seconds = _read(args, config, params, prompts, total, new, capacity, clock)
         if args.save_memory:
-            save_reader(args.save_memory, config, params, reader)
+            last = [[*before, *prompt][-CONTEXT:] for before, prompt in zip(befores, prompts, strict=True)]
+            save_reader(args.save_memory, config, params, reader, last)
         rows = [
-            _Row(None if args.print_ids else TextStream(tokenizer, prompt, args.stop), config.eos_ids)
-            for prompt in prompts
+            _Row(None if args.print_ids else TextStream(tokenizer, [*before, *prompt], args.stop), config.eos_ids)
+            for before, prompt in zip(befores, prompts, strict=True)
         ]
         begin = clock.now()
         reader, first = _write(args, config, params, reader, rows, sampling, reading, clock)
@@ -374,18 +383,29 @@ def run(args: argparse.Namespace) -> None:
         print(_summary(rates), file=sys.stderr)
 
 
+def _tokens_read(args: argparse.Namespace, config: ModelConfig, prompts: list[list[int]]) -> int:
+    """How many tokens of the prompts the model reads: without memory, those that stay in the open window."""
+    lengths = list(map(len, prompts))
+    if config.mem_layers or args.load_memory:
+        return sum(lengths)
+    c = args.last_context_length or config.last_context_length
+    if max(lengths) > c and not args.quiet:
+        print(f"{args.model} has no memory layers: only the last {c:,} tokens of a prompt are read", file=sys.stderr)
+    return sum(min(length, c) for length in lengths)
+
+
 def _read(
     args: argparse.Namespace,
     config: ModelConfig,
     params: Any,
     prompts: list[list[int]],
+    total: int,
     new: int,
     capacity: int | None,
     clock: _Clock,
 ) -> tuple[Reader, float]:
     """What the prompts, and the memory before them, leave to go on from; seconds it took."""
     tokens_BT, mask_BT = _padded(prompts)
-    total = int(mask_BT.sum())
     options = dict(memory=args.memory, k=args.k, score_bytes=args.score_bytes)
     reader = None
     if args.load_memory:
@@ -397,7 +417,7 @@ def _read(
             room = args.max_new_tokens
             options |= dict(room=room, memory_capacity=capacity, progress=progress)
             reader = prefill(config, params, *inputs, **options)
-        elif total:
+        elif mask_BT.any():
             options |= dict(spill=args.spill, progress=progress)
             reader = extend(config, params, reader, tokens_BT, mask_BT, **options)
     jax.block_until_ready(reader)
@@ -419,7 +439,7 @@ def _write(
     outputs, printed, done, first = [""] * len(rows), 0, 0, 0.0
     begin = clock.now()
     while done < N and not all(row.finish for row in rows):
-        count = min(args.stream_every if done else 1, N - done)
+        count = min(args.stream_every if done else 1, OUT_TOKENS, N - done)
         options = dict(max_new_tokens=count, spill=args.spill, reading=reading)
         out, reader = decode(config, params, reader, sampling, key, **options)
         new_BN = np.asarray(out)
@@ -454,6 +474,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         run(args)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"fot-generate: {one_line(error)} (--memory-bytes and --score-bytes bound what is used)", file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         print(f"fot-generate: {one_line(error)}", file=sys.stderr)
         return 2

@@ -87,10 +87,11 @@ def penalise(scores_BV: Array, seen_BV: Array, penalty: Array) -> Array:
 
 
 def filtered(scores_BV: Array, values: Values, steps: tuple[str, ...]) -> Array:
-    """Scores over temperature, -inf where top-k or top-p leave a token out. Tokens that tie with the last one kept are
-    kept.
+    """Scores over temperature, 0 for the greatest, -inf where top-k or top-p leave a token out. Tokens that tie with
+    the last one kept are kept.
     """
-    scores_BV = scores_BV / values.temperature
+    # Below the greatest score, or a temperature near 0 would make it infinite.
+    scores_BV = (scores_BV - jnp.max(scores_BV, axis=-1, keepdims=True)) / values.temperature
     if "top_k" not in steps and "top_p" not in steps:
         return scores_BV
     sorted_BV = -jnp.sort(-scores_BV, axis=-1)

@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
+from fot_jax import files
 from fot_jax import memory as memories
 from fot_jax.config import ModelConfig
 from fot_jax.generate import Reader, memory_tokens, new_reader, placed_with
@@ -55,18 +56,23 @@ def _checksum(tensors: dict[str, np.ndarray], model: str) -> str:
     return f"{crc:08x}"
 
 
-def save_reader(path: str | os.PathLike, config: ModelConfig, params: Any, reader: Reader) -> None:
+def save_reader(
+    path: str | os.PathLike, config: ModelConfig, params: Any, reader: Reader, last_tokens: Sequence[Sequence[int]] = ()
+) -> None:
     """Writes what has been read, beside and renamed: a file of that name is whole.
 
     Args:
         path: the file; an earlier one is replaced.
         config, params: the model that has read.
         reader: of any number of rows; stays as it is.
+        last_tokens: the last few of each row, for those who turn the tokens that follow into text.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; a path that is no ordinary file's.
     """
     path = pathlib.Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"saved memory {path}: a device or a directory; wanted a file")
     tensors = {name: np.asarray(getattr(reader, name)) for name in _ROW_ARRAYS}
     for kind, cache in (("memory", reader.mem), ("local", reader.local)):
         tensors[f"{kind}.length_B"] = np.asarray(cache.length_B)
@@ -77,16 +83,14 @@ def save_reader(path: str | os.PathLike, config: ModelConfig, params: Any, reade
     metadata = {
         "format": FORMAT,
         "model": json.dumps(fingerprint(config, params)),
+        "last_tokens": json.dumps([[int(i) for i in row] for row in last_tokens]),
     }
     metadata["checksum"] = _checksum(tensors, metadata["model"])
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, beside, metadata)
-        os.replace(beside, path)
+        with files.replacing(path) as partial:
+            save_file(tensors, partial, metadata)
     except safetensors.SafetensorError as error:
         raise OSError(f"saved memory {path}: cannot be written ({error})") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _filled(array: jax.Array | tuple[jax.Array, ...], filled: int) -> np.ndarray:
@@ -103,7 +107,8 @@ def check_saved(path: str | os.PathLike) -> dict[str, Any]:
     """Looks at the head of a saved memory.
 
     Returns:
-        {"rows": B, "tokens": slots of memory and of the window together in the longest row, "model": the fingerprint}.
+        {"rows": B, "tokens": slots of memory and of the window together in the longest row, "model": the fingerprint,
+        "last_tokens": those of each row, as they were given to `save_reader`}.
 
     Raises:
         FileNotFoundError: no such file.
@@ -112,9 +117,13 @@ def check_saved(path: str | os.PathLike) -> dict[str, Any]:
     with _opened(path) as file, _damaged(path):
         tokens = file.get_tensor("memory.length_B") + file.get_tensor("local.length_B")
         model = json.loads(file.metadata()["model"])
+        last = json.loads(file.metadata().get("last_tokens", "[]"))
         if not isinstance(model, dict) or tokens.ndim != 1:
             raise ValueError("no description of a model and of rows")
-        return {"rows": len(tokens), "tokens": int(tokens.max()), "model": model}
+        if len(last) not in (0, len(tokens)) or not all(isinstance(i, int) for row in last for i in row):
+            raise ValueError("last tokens of other rows")
+        last = last or [[]] * len(tokens)
+        return {"rows": len(tokens), "tokens": int(tokens.max()), "model": model, "last_tokens": last}
 
 
 @contextlib.contextmanager
