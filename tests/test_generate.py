@@ -283,7 +283,7 @@ def test_inputs_of_many_lengths_share_one_program_of_each_kind(committed):
     extend(config, params, prefill(config, params, np.ones((1, 40), np.int32), room=9), np.ones((1, 9), np.int32))
     assert sizes() == before
     programs = module._prefill_kept._cache_size()
-    for length in (40, 47):
+    for length in (40, 38):
         fot_jax.long_forward(config, params, np.ones((1, length), np.int32))
     assert module._prefill_kept._cache_size() == programs + 1
     run(9, 3, temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.1)
@@ -401,12 +401,11 @@ SAMPLINGS = [
     Sampling(0.9, top_p=0.8),
     Sampling(2.0, top_k=30, top_p=0.5, repetition_penalty=1.4),
     Sampling(1.0, top_k=1, repetition_penalty=0.5),
-    Sampling(1.2e-38),
     Sampling(1.0, top_k=10**6, top_p=1e-6),
 ]
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, Sampling(1.2e-38)], ids=str)
 def test_filters_are_their_definitions(sampling):
     rng = np.random.default_rng(0)
     scores_BV, seen_BV = rng.normal(0, 2, (5, 50)).astype(np.float32), rng.random((5, 50)) < 0.3

@@ -27,7 +27,7 @@ from fot_jax import memory as memories
 from fot_jax.config import ModelConfig
 from fot_jax.generate import Reader, memory_tokens, new_reader, placed_with
 
-FORMAT = "fot_jax reader 1"
+FORMAT = "fot_jax reader 2"
 _SAMPLES = 64  # elements of a parameter that its hash is made of
 # What may differ between the model that wrote a file and the one that reads it: nothing that was read depends on it.
 _FREE_FIELDS = {"last_context_length", "init_std", "bos_id", "eos_id", "pad_id"}
@@ -49,8 +49,8 @@ def fingerprint(config: ModelConfig, params: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(fields)), "parameters": sha.hexdigest()[:16]}
 
 
-def _checksum(tensors: dict[str, np.ndarray], model: str) -> str:
-    crc = zlib.crc32(model.encode())
+def _checksum(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    crc = zlib.crc32(json.dumps({k: v for k, v in metadata.items() if k != "checksum"}, sort_keys=True).encode())
     for name in sorted(tensors):
         crc = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8), zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
@@ -85,7 +85,7 @@ def save_reader(
         "model": json.dumps(fingerprint(config, params)),
         "last_tokens": json.dumps([[int(i) for i in row] for row in last_tokens]),
     }
-    metadata["checksum"] = _checksum(tensors, metadata["model"])
+    metadata["checksum"] = _checksum(tensors, metadata)
     try:
         with files.replacing(path) as partial:
             save_file(tensors, partial, metadata)
@@ -202,7 +202,7 @@ def load_reader(
         )
     with _opened(path) as file, _damaged(path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _checksum(tensors, file.metadata()["model"]) != file.metadata()["checksum"]:
+        if _checksum(tensors, file.metadata()) != file.metadata()["checksum"]:
             raise ValueError("its checksum is not that of its contents")
     rows = head["rows"] if rows is None else rows
     copied = {name: np.repeat(x, rows, axis=0) if len(x) != rows else x for name, x in tensors.items()}
