@@ -451,7 +451,7 @@ def _inference_layers(
             q, *partials = attend(number, turn, q_BHTK, k_BGTK, v_BGTK)
             if m is not None and mem.capacity:
                 arrays = mem.keys[m], mem.values[m], mem.length_B
-                partials.append(memory.read(reading, q, *arrays, scale=score_scale(config)))
+                partials.append(memory.read(reading, q, *arrays, scale=score_scale(config), deals=mem.deals))
             return attention.merge(*partials).o_BHTK.astype(q.dtype)
 
         x_BTD, new = Block(config).apply({"params": block}, x_BTD, with_memory)

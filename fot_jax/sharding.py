@@ -116,11 +116,17 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, wanted)
 
 
+def axes(logical: str) -> tuple[str, ...]:
+    """The axes of the mesh of `jax.set_mesh`, of more than one device, that split a logical axis."""
+    (found,) = spec(logical)
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in ((found,) if isinstance(found, str) else found or ()) if shape.get(axis, 1) > 1)
+
+
 def ways(logical: str) -> int:
     """How many ways the mesh of `jax.set_mesh` splits a logical axis; 1 without a mesh."""
-    (axes,) = spec(logical)
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return math.prod(shape[axis] for axis in axes(logical))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -79,7 +79,7 @@ def save_reader(
         filled = int(tensors[f"{kind}.length_B"].max())
         for name in ("keys", "values"):
             for layer, array in enumerate(getattr(cache, name)):
-                tensors[f"{kind}.{name}.{layer}"] = _filled(array, filled)
+                tensors[f"{kind}.{name}.{layer}"] = _filled(array, cache.deals, filled)
     metadata = {
         "format": FORMAT,
         "model": json.dumps(fingerprint(config, params)),
@@ -93,12 +93,13 @@ def save_reader(
         raise OSError(f"saved memory {path}: cannot be written ({error})") from error
 
 
-def _filled(array: jax.Array | tuple[jax.Array, ...], filled: int) -> np.ndarray:
-    """[B, G, K, filled] of an array or its pages."""
+def _filled(array: jax.Array | tuple[jax.Array, ...], deals: tuple[memories.Deal, ...], filled: int) -> np.ndarray:
+    """[B, G, K, filled] of an array or its pages, in the order of slots."""
     parts, start = [], 0
-    for page in array if isinstance(array, tuple) else (array,):
+    for page, deal in zip(array if isinstance(array, tuple) else (array,), deals, strict=True):
         if start < filled or not parts:
-            parts.append(np.asarray(page[..., : filled - start]))
+            whole = page if deal.ways == 1 else deal.in_order(np.asarray(page))
+            parts.append(np.asarray(whole[..., : filled - start]))
         start += page.shape[-1]
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 
@@ -223,9 +224,10 @@ def _put(cache: memories.Cache, tensors: dict[str, np.ndarray], kind: str, first
         out = []
         for layer, empty in enumerate(getattr(cache, name)):
             part = tensors[f"{kind}.{name}.{layer}"][..., first : first + cache.capacity]
-            out.append(jnp.asarray(np.pad(part, [(0, 0)] * 3 + [(0, cache.capacity - part.shape[3])]), empty.dtype))
+            part = np.pad(part, [(0, 0)] * 3 + [(0, cache.capacity - part.shape[3])])
+            out.append(jnp.asarray(cache.deal.as_dealt(part), empty.dtype))
         return tuple(out)
 
     # The window is full at most; without memory layers nothing is in memory.
     length_B = jnp.asarray(np.clip(tensors[f"{kind}.length_B"] - first, 0, cache.capacity), jnp.int32)
-    return memories.Cache(buffers("keys"), buffers("values"), length_B)
+    return memories.Cache(buffers("keys"), buffers("values"), length_B, cache.deal)

@@ -1,0 +1,44 @@
+"""Memory: caches of fixed capacity, and reading them, dense and by exact top-k."""
+
+from fot_jax.memory.cache import (
+    Cache,
+    Deal,
+    Pages,
+    append,
+    clear,
+    compact,
+    constrain,
+    evict_oldest,
+    init_cache,
+    init_memory,
+    init_pages,
+    place,
+    places,
+    power_of_two,
+    token_bytes,
+)
+from fot_jax.memory.reading import DENSE, Reading, dense, read, topk, topk_attention
+
+__all__ = [
+    "DENSE",
+    "Cache",
+    "Deal",
+    "Pages",
+    "Reading",
+    "append",
+    "clear",
+    "compact",
+    "constrain",
+    "dense",
+    "evict_oldest",
+    "init_cache",
+    "init_memory",
+    "init_pages",
+    "place",
+    "places",
+    "power_of_two",
+    "read",
+    "token_bytes",
+    "topk",
+    "topk_attention",
+]

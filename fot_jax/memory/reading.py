@@ -1,0 +1,531 @@
+"""The two ways of reading memory: dense, and exact top-k; on one device or on several.
+
+On several, each scores the slots it holds. Dense partials merge to the softmax over all of them. For top-k each device
+offers its k best, scores and slot numbers alone are gathered, so that every device knows the k best of all, and each
+averages the values that it holds. Keys and values never move, and the slots are those that one device finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fot_jax import attention, sharding
+from fot_jax.memory.cache import Deal, places, power_of_two
+
+Array = jax.Array
+
+SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
+COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How memory is read. Hashable: a static argument.
+
+    Attributes:
+        kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
+        k: slots a query retrieves, for "topk".
+        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 8
+            MiB for "topk"); longer queries and memories are streamed in blocks.
+    """
+
+    kind: str = "dense"
+    k: int | None = None
+    score_bytes: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("dense", "topk"):
+            raise ValueError(f"memory reading is {self.kind!r}; wanted 'dense' or 'topk'")
+        if (self.kind == "topk") != (self.k is not None):
+            raise ValueError(f"memory reading {self.kind!r} with k={self.k}; wanted k for 'topk', and only there")
+        if self.k is not None and (not isinstance(self.k, (int, np.integer)) or self.k < 1):
+            raise ValueError(f"k is {self.k}; wanted at least 1")
+
+
+DENSE = Reading()
+
+
+def read(
+    reading: Reading,
+    q_BHTK: Array,
+    k_BGKM: Array | tuple[Array, ...],
+    v_BGKM: Array | tuple[Array, ...],
+    length_B: Array,
+    *,
+    scale: float,
+    deals: tuple[Deal, ...] = (),
+) -> attention.Partial:
+    """Attention over memory, an array or its pages, as a partial, to be merged with the local window's."""
+    arrays, options = (q_BHTK, k_BGKM, v_BGKM, length_B), dict(scale=scale, deals=deals)
+    if reading.k is None:
+        return dense(*arrays, score_bytes=reading.score_bytes, **options)
+    return topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, **options)[0]
+
+
+def _pages(x: Array | tuple[Array, ...]) -> tuple[Array, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int | None = None) -> tuple[int, int]:
+    """Sizes of query and key blocks for which `rows` x queries x slots float32 scores stay within the budget.
+
+    Key blocks get no smaller than 256 slots, or matrix products would be; queries are split instead, down to one.
+    """
+    many = queries > 1
+    if score_bytes is None and k is not None and many and jax.default_backend() == "cpu":
+        # Selection is dear, and cheaper of one large block than of many small ones.
+        slot_block = min(slots, power_of_two(max(4096, 128 * k)))
+        return max(1, min(queries, 2**23 // (4 * rows * slot_block))), slot_block
+    if score_bytes is None:
+        # Of many queries a CPU's scores should stay in its cache; elsewhere large products and few steps count. A
+        # single query has fewer scores than its keys have bytes, and a block of keys would be copied to be read.
+        score_bytes = (2 if many and jax.default_backend() == "cpu" else 256) * 2**20
+    budget = max(score_bytes // (4 * rows), 1)
+    slot_block = min(slots, max(budget // queries, 256), 2**15 if many else slots)  # no more: cost follows the fill
+    return max(1, min(queries, budget // slot_block)), slot_block
+
+
+def _over_query_blocks(read_block: Callable[[Array], Any], q_BHTK: Array, size: int) -> Any:
+    """`read_block` on blocks of `size` queries, one after another, joined along T (axis 2 of every result)."""
+    B, H, T, K = q_BHTK.shape
+    if size >= T:
+        return read_block(q_BHTK)
+    n = -(-T // size)
+    padded = jnp.pad(q_BHTK, ((0, 0), (0, 0), (0, n * size - T), (0, 0)))
+    out = jax.lax.map(read_block, jnp.moveaxis(padded.reshape(B, H, n, size, K), 2, 0))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *x.shape[4:])[:, :, :T], out)
+
+
+class _Part(NamedTuple):
+    """A page of memory, or what a device holds of one.
+
+    Attributes:
+        arrays: [B, G, K, n] each, read together.
+        filled_B: int32, columns filled, from the first.
+        first: number of the page's first slot.
+        slots: of the whole page.
+        deal: how they lie on devices.
+        device: which this is.
+    """
+
+    arrays: tuple[Array, ...]
+    filled_B: Array
+    first: int
+    slots: int
+    deal: Deal
+    device: Array | int
+
+    @property
+    def columns(self) -> int:
+        """n, columns that the device holds."""
+        return self.arrays[0].shape[3]
+
+    def number(self, column: Array) -> Array:
+        """Numbers of the slots in columns."""
+        return self.first + self.deal.slot(self.device, column)
+
+
+def _parts(
+    pages: Sequence[tuple[Array, ...]], length_B: Array, deals: Sequence[Deal], device: Array | int
+) -> list[_Part]:
+    """The parts of pages, of which `length_B` slots are filled in all together."""
+    out, first = [], 0
+    for arrays, deal in zip(pages, deals, strict=True):
+        slots = arrays[0].shape[3] * deal.ways
+        filled_B = deal.before(jnp.clip(length_B - first, 0, slots), device)
+        out.append(_Part(arrays, filled_B, first, slots, deal, device))
+        first += slots
+    return out
+
+
+# Takes what came of the slots so far, or None where this is all; a block of every array of a part; the part; the first
+# of its columns; and which of the block's columns count, [B, size], or None where all do.
+_Step = Callable[[Any, tuple[Array, ...], _Part, Array | int, Array | None], Any]
+
+
+def _over_slots(step: _Step, carry: Any, parts: Sequence[_Part], size: int) -> Any:
+    """`carry` after `step` over all filled slots, in blocks of at most `size`: for many queries."""
+    for part in parts:
+
+        def whole(carry: Any, part=part) -> Any:
+            return step(carry, part.arrays, part, 0, jnp.arange(part.columns)[None, :] < part.filled_B[:, None])
+
+        if size < part.columns:
+            carry = _over_blocks(step, carry, part, size)
+        else:
+            carry = jax.lax.cond(jnp.max(part.filled_B) > 0, whole, lambda carry: carry, carry)
+    return carry
+
+
+def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part], size: int) -> list[Any]:
+    """What `step` makes of each part: for a single query, which reads a part where it lies unless little of it is
+    filled.
+
+    Args:
+        nothing: what comes of an empty part of so many columns.
+    """
+    out = []
+    for part in parts:
+        fill = jnp.max(part.filled_B)
+
+        def whole(part=part) -> Any:
+            return step(None, part.arrays, part, 0, jnp.arange(part.columns)[None, :] < part.filled_B[:, None])
+
+        def blocks(size: int, part=part) -> Any:
+            return _over_blocks(step, nothing(part.columns), part, size)
+
+        empty = functools.partial(nothing, part.columns)
+        if size < part.columns:
+            out.append(blocks(size))
+        elif part.columns <= 2 * COPIED_BLOCK:
+            out.append(jax.lax.cond(fill > 0, whole, empty))
+        else:  # a block costs twice its bytes: it is copied before it is read
+            ways = [empty, functools.partial(blocks, COPIED_BLOCK), whole]
+            out.append(jax.lax.switch((fill > 0).astype(int) + (fill > part.columns // 2), ways))
+    return out
+
+
+def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
+    """`carry` after `step` over one part in blocks; those that no row fills are left out.
+
+    The last block is moved back to end with the part; columns it shares with the one before do not count twice.
+    """
+
+    def one(whole: bool, i: Array, carry: Any) -> Any:
+        first = jnp.minimum(i * size, part.columns - size)
+        column = first + jnp.arange(size)
+        counts = None if whole else (column >= i * size)[None, :] & (column[None, :] < part.filled_B[:, None])
+        block = tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=3) for x in part.arrays)
+        return step(carry, block, part, first, counts)
+
+    n_whole, n = jnp.min(part.filled_B) // size, -(-jnp.max(part.filled_B) // size)  # filled in every row: no mask
+    carry = jax.lax.fori_loop(0, n_whole, functools.partial(one, True), carry)
+    return jax.lax.fori_loop(n_whole, n, functools.partial(one, False), carry)
+
+
+# Reads what one device holds: (queries, parts of every page, mesh axes that memory is dealt over) -> arrays.
+_Read = Callable[[Array, list[_Part], tuple[str, ...]], Any]
+
+
+def _on_devices(
+    read: _Read,
+    q_BHTK: Array,
+    pages: Sequence[tuple[Array, ...]],
+    length_B: Array,
+    deals: tuple[Deal, ...],
+) -> Any:
+    """`read` on every device of the mesh of `jax.set_mesh`, each with its rows, heads and slots; what it returns is
+    split as the queries' rows and heads are.
+
+    Raises:
+        ValueError: a memory that was dealt to other devices than the mesh has.
+    """
+    filled = [(page, deal) for page, deal in zip(pages, deals or (Deal(),) * len(pages)) if page[0].shape[3]]
+    pages, deals = [page for page, _ in filled], tuple(deal for _, deal in filled)
+    dealt, ways = {deal.ways for deal in deals}, sharding.ways("memory")
+    if not dealt <= {1} and dealt != {ways}:
+        raise ValueError(f"memory was dealt to {max(dealt)} devices; the mesh has {ways} for it: wanted the same")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not pages:
+        return read(q_BHTK, _parts(pages, length_B, deals, 0), ())
+    where = places(q_BHTK.shape[0], pages[0][0].shape[1])
+    axes = where.axes if dealt != {1} else ()
+
+    def body(q: Array, pages: Sequence[tuple[Array, ...]], length_B: Array) -> Any:
+        device = jax.lax.axis_index(axes) if axes else 0
+        return read(q, _parts(pages, length_B, deals, device), axes)
+
+    slots = jax.tree.map(lambda _: where.slots if axes else where.heads, pages)
+    specs = where.heads, slots, where.rows
+    return jax.shard_map(body, in_specs=specs, out_specs=where.heads, check_vma=False)(q_BHTK, pages, length_B)
+
+
+def _merge_over(axes: tuple[str, ...], partial: attention.Partial) -> attention.Partial:
+    """The partial over what all devices hold, from each one's own."""
+    if not axes:
+        return partial
+    top = jax.lax.pmax(partial.lse_BHT, axes)
+    weight = jnp.exp(partial.lse_BHT - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jax.lax.psum(weight, axes)
+    safe = jnp.where(total == 0.0, 1.0, total)
+    o = jax.lax.psum(weight[..., None] * partial.o_BHTK, axes) / safe[..., None]
+    return attention.Partial(o, jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe)))
+
+
+def dense(
+    q_BHTK: Array,
+    k_BGKM: Array | tuple[Array, ...],
+    v_BGKM: Array | tuple[Array, ...],
+    length_B: Array,
+    *,
+    scale: float,
+    score_bytes: int | None = None,
+    deals: tuple[Deal, ...] = (),
+) -> attention.Partial:
+    """Attention over all filled slots, streamed over pages, blocks of slots and blocks of queries.
+
+    Pages and blocks that no row fills are not read. Derivatives in reverse mode exist where memory is one block and
+    queries are several; forward mode always works.
+
+    Args:
+        q_BHTK: queries, rotated by their position in the window.
+        k_BGKM, v_BGKM: memory, an array or its pages, any dtype; finite numbers beyond the fill too, as caches have.
+        length_B: int32, filled slots of each row.
+        scale: what scores are multiplied by.
+        score_bytes: bytes of scores that a device holds at a time; None: see `Reading`.
+        deals: how the slots of each page lie on the devices of the mesh; () where one holds them all.
+
+    Returns:
+        The partial; zero and -inf for a row whose memory is empty.
+
+    Raises:
+        ValueError: memory that was dealt to other devices than the mesh has.
+    """
+    pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
+    return _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals)
+
+
+def _dense(
+    scale: float, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+) -> attention.Partial:
+    B, H, T, _ = q_BHTK.shape
+    query_block, slot_block = _blocks(T, max([1, *(part.columns for part in parts)]), B * H, score_bytes)
+
+    def step(so_far: attention.Partial | None, arrays: tuple, part: _Part, first: Any, counts: Any, q: Array) -> Any:
+        visible = None if counts is None else counts[:, None, :]
+        partial = attention.attend(q, *arrays, visible, scale=scale, slots_last=True)
+        return partial if so_far is None else attention.merge(so_far, partial)
+
+    def read_block(q: Array) -> attention.Partial:
+        one = functools.partial(step, q=q)
+        nothing = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+        if T == 1 and parts:
+            partial = attention.merge(*_each_part(one, lambda columns: nothing, parts, slot_block))
+        else:
+            partial = _over_slots(one, nothing, parts, slot_block)
+        return _merge_over(axes, partial)
+
+    return _over_query_blocks(read_block, q_BHTK, query_block)
+
+
+def _top_k(s: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of the last axis, in two dimensions: of more, a CPU makes a full sort, twenty times slower."""
+    values, index = jax.lax.top_k(s.reshape(-1, s.shape[-1]), k)
+    return values.reshape(*s.shape[:-1], k), index.reshape(*s.shape[:-1], k)
+
+
+def _best(s: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of the last axis by block maxima: the same values and indices, ties to the lowest index.
+
+    The k best lie within the k sub-blocks of greatest maxima: any other sub-block has k elements before it that are
+    greater, or equal and of lower index. The chosen sub-blocks are put in order before the second selection, or a
+    tie would go to whichever sub-block has the greater maximum.
+    """
+    S = s.shape[-1]
+    n = -(-S // SUB_BLOCK)
+    if n <= 2 * k:
+        return _top_k(s, k)
+    padded = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, n * SUB_BLOCK - S)], constant_values=-jnp.inf)
+    by_block = padded.reshape(*s.shape[:-1], n, SUB_BLOCK)
+    chosen = jnp.sort(_top_k(jnp.max(by_block, axis=-1), k)[1], axis=-1)
+    candidates = jnp.take_along_axis(by_block, chosen[..., None], axis=-2)
+    values, index = _top_k(candidates.reshape(*s.shape[:-1], k * SUB_BLOCK), k)
+    return values, jnp.take_along_axis(chosen, index // SUB_BLOCK, axis=-1) * SUB_BLOCK + index % SUB_BLOCK
+
+
+def topk(
+    q_BHTK: Array,
+    k_BGKM: Array | tuple[Array, ...],
+    v_BGKM: Array | tuple[Array, ...],
+    length_B: Array,
+    *,
+    k: int,
+    scale: float,
+    score_bytes: int | None = None,
+    deals: tuple[Deal, ...] = (),
+) -> tuple[attention.Partial, Array, Array]:
+    """Attention of each query of each head over its k best filled slots by inner product, exactly (arXiv 2307.03170,
+    section 3.1).
+
+    Pages and blocks of slots are scored one after another, with the k best so far carried along, so that no more scores
+    than `score_bytes` are held. Selection is by the unscaled inner product, ties go to the lowest slot. Derivatives
+    exist in forward mode only.
+
+    Args:
+        q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes, deals: as for `dense`.
+        k: slots to retrieve, at least 1; may exceed what is filled.
+
+    Returns:
+        The partial; slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32,
+        unscaled, -inf there.
+    """
+    B, H, T, _ = q_BHTK.shape
+    pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
+    N = min(k, sum(keys.shape[3] for keys, _ in pages))
+    if not N:
+        nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
+        return (dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale), *nothing)
+    partial, slots, s = _on_devices(functools.partial(_topk, N, scale, score_bytes), q_BHTK, pages, length_B, deals)
+    widen = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, k - N)), constant_values=fill)
+    return partial, widen(slots, -1), widen(s, -jnp.inf)
+
+
+def _topk(
+    N: int, scale: float, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+) -> tuple[attention.Partial, Array, Array]:
+    B, H, T, K = q_BHTK.shape
+    G = parts[0].arrays[0].shape[1]
+    largest = max(part.columns for part in parts)
+    query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
+    # Retrieved values are [B, H, T, N, K] before they are averaged: they count towards the budget too.
+    query_block = max(1, min(query_block, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
+    turned = [jnp.swapaxes(part.arrays[1], 2, 3) for part in parts]
+    keys_only = [part._replace(arrays=part.arrays[:1]) for part in parts]
+
+    def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
+        q_BGQK = attention.grouped(q, G)
+        at_once = T == 1 and slot_block == largest  # scores are few: one selection for all parts
+        s, slots = _select(q_BGQK, keys_only, N, slot_block, at_once)
+        if axes:
+            s, slots = _best_of_all(s, slots, N, axes)
+        filled = s > -jnp.inf
+        top = jnp.max(s * scale, axis=-1, keepdims=True)
+        p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        safe = jnp.where(total == 0.0, 1.0, total)
+        weights = jnp.where(filled, p / safe, 0.0)
+        dtype = jnp.promote_types(q.dtype, parts[0].arrays[1].dtype)
+        o = jnp.zeros(q_BGQK.shape, jnp.float32)
+        for part, v_BGPK in zip(parts, turned, strict=True):
+            slot = slots - part.first
+            here = filled & (slot >= 0) & (slot < part.slots)
+            if part.deal.ways > 1:
+                here &= part.deal.device(slot) == part.device
+
+            def add(o: Array, part=part, v_BGPK=v_BGPK, here=here, slot=slot) -> Array:
+                index = jnp.where(here, part.deal.column(slot), 0)
+                if index.shape[2] * N < part.columns:  # a few columns of values
+                    columns = jax.vmap(jax.vmap(lambda v_KM, index_QN: v_KM[:, index_QN]))
+                    v_BGQNK = jnp.moveaxis(columns(part.arrays[1], index), 2, 4)
+                else:  # so many that the values are turned round first, once for all blocks of queries
+                    v_BGQNK = jax.vmap(jax.vmap(lambda v_MK, index_QN: v_MK[index_QN]))(v_BGPK, index)
+                mine = jnp.where(here, weights, 0.0).astype(dtype)
+                sums = dict(preferred_element_type=jnp.float32)
+                return o + jnp.einsum("bgqn,bgqnk->bgqk", mine, v_BGQNK.astype(dtype), **sums)
+
+            o = jax.lax.cond(jnp.any(here), add, lambda o: o, o)
+        if axes:
+            o = jax.lax.psum(o, axes)
+        lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
+        heads = lambda x: x.reshape(B, H, q.shape[2], *x.shape[3:])
+        return attention.Partial(heads(o), heads(lse[..., 0])), heads(jnp.where(filled, slots, -1)), heads(s)
+
+    return _over_query_blocks(read_block, q_BHTK, query_block)
+
+
+def _select(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int, at_once: bool) -> tuple[Array, Array]:
+    """The best slots of those that a device holds: scores, greatest first, -inf beyond what is filled, and numbers; N
+    of them, or as many as it holds.
+
+    Args:
+        at_once: whether all scores are made before the selection.
+    """
+    N = min(N, sum(part.columns for part in parts))
+
+    def scores(keys: Array, counts: Array | None, others: Array | float) -> Array:
+        s = attention.scores(q_BGQK, keys, slots_last=True)
+        s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
+        return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
+
+    def write(part_s: Array | None, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Array:
+        if part_s is None:
+            return scores(arrays[0], counts, -jnp.inf)
+        old = jax.lax.dynamic_slice_in_dim(part_s, first, arrays[0].shape[3], axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(part_s, scores(arrays[0], counts, old), first, axis=3)
+
+    def select(
+        so_far: tuple[Array, Array], arrays: tuple, part: _Part, first: Array | int, counts: Array | None
+    ) -> tuple[Array, Array]:
+        s = scores(arrays[0], counts, -jnp.inf)
+        best, index = _best(s, min(N, s.shape[-1]))
+        slots = part.number(first + index)
+        # So far comes first: among equals the earlier, lower slot wins.
+        joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], slots], axis=-1)
+        top, chosen = _top_k(joined[0], N)
+        return top, jnp.take_along_axis(joined[1], chosen, axis=-1)
+
+    nothing = lambda n: jnp.full((*q_BGQK.shape[:3], n), -jnp.inf)
+    if not at_once:
+        carry = nothing(N), jnp.full((*q_BGQK.shape[:3], N), -1, jnp.int32)
+        return _over_slots(select, carry, parts, slot_block)
+    each_s = _each_part(write, nothing, parts, slot_block)
+    s, index = _best(jnp.concatenate(each_s, axis=3), N)
+    slots, start = parts[0].number(index), parts[0].columns
+    for part in parts[1:]:
+        slots = jnp.where(index >= start, part.number(index - start), slots)
+        start += part.columns
+    return s, slots
+
+
+def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
+    """The N best of what every device found, on all of them: greatest first, ties to the lowest slot."""
+    s, slots = (jax.lax.all_gather(x, axes, axis=3, tiled=True) for x in (s, slots))
+    falling, slots = jax.lax.sort((-s, slots), dimension=3, num_keys=2)
+    return -falling[..., :N], slots[..., :N]
+
+
+def topk_attention(
+    q_BTHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    length_B: Array,
+    *,
+    k: int,
+    scale: float | None = None,
+    score_bytes: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """Exact top-k attention over a memory, for use by itself; token-major arrays.
+
+    Args:
+        q_BTHK: queries; head h reads key/value head h // (H / G).
+        k_BMGK, v_BMGK: keys and values.
+        length_B: int32, the first length_B[b] slots of row b are filled.
+        k: slots to retrieve, at least 1; may exceed what is filled.
+        scale: what inner products are multiplied by in the softmax; K ** -0.5 by default. Selection is by the inner
+            products themselves; ties go to the lowest slot, as in `jax.lax.top_k`.
+        score_bytes: bytes of scores held at a time (None: see `Reading`); beyond, queries and slots are streamed in
+            blocks.
+
+    Returns:
+        o_BTHK float32, softmax average of the retrieved values, zero where nothing is filled;
+        lse_BTH float32, log of the sum of exponentials of their scaled scores, -inf there;
+        slots_BTHN int32, N = k, best first, -1 beyond what is filled.
+
+    Raises:
+        ValueError: k below 1, or shapes that do not fit.
+    """
+    Reading("topk", k)
+    B, M, G, K = k_BMGK.shape
+    if v_BMGK.shape[:3] != (B, M, G) or q_BTHK.shape[0] != B or q_BTHK.shape[3] != K or q_BTHK.shape[2] % G:
+        raise ValueError(
+            f"queries {q_BTHK.shape}, keys {k_BMGK.shape} and values {v_BMGK.shape} do not fit: wanted "
+            "[B, T, H, K] and twice [B, M, G, K] with H a multiple of G"
+        )
+    if length_B.shape != (B,):
+        raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")
+    q_BTHK, k_BMGK, v_BMGK = (
+        x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, jnp.float32) for x in (q_BTHK, k_BMGK, v_BMGK)
+    )
+    major = lambda x: jnp.swapaxes(x, 1, 2)
+    cached = lambda x_BMGK: jnp.transpose(x_BMGK, (0, 2, 3, 1))
+    scale = K**-0.5 if scale is None else scale
+    arrays = major(q_BTHK), cached(k_BMGK), cached(v_BMGK), length_B
+    partial, slots, _ = topk(*arrays, k=k, scale=scale, score_bytes=score_bytes)
+    return major(partial.o_BHTK), major(partial.lse_BHT), major(slots)
