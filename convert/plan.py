@@ -232,6 +232,7 @@ def _joint(dtypes: set[np.dtype]) -> np.dtype:
 
 def _check_published(config: ModelConfig) -> None:
     """Refuses a model that the published LongLLaMA code does not know."""
+    config_lib.to_hf(config)
     if config.n_kv_heads != config.n_heads:
         raise ValueError(
             f"n_kv_heads is {config.n_kv_heads} for {config.n_heads} query heads; the published LongLLaMA code knows "

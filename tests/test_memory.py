@@ -12,6 +12,7 @@ import pytest
 
 from fot_jax import memory
 from fot_jax.config import DtypePolicy, ModelConfig
+from fot_jax.memory.stored import loaded
 
 CONFIG = ModelConfig(vocab_size=11, d_model=8, d_ff=8, n_layers=3, n_heads=4, n_kv_heads=2, window=4, mem_layers=(0, 2))
 SCALE = 0.5
@@ -342,6 +343,34 @@ def test_pages_have_room_for_a_window_and_double(rows, capacity, window):
 # Caches against lists of tokens.
 
 B, CAPACITY = 3, 13
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_int8_is_read_as_what_is_stored(T):
+    """Real numbers: slots and averages are those of a float64 search of what the buffer holds."""
+    rng = np.random.default_rng(T)
+    config = CONFIG.replace(head_size=16, mem_layers=(0,), dtypes=DtypePolicy(memory="int8"))
+    q, keys, values = arrays(rng, 2, T, 4, 2, 16, 9000, rng.standard_normal)
+    keys[0, :, 3], length_B = 0, np.array([9000, 5000], np.int32)  # a vector of zeros, too
+    mem = APPEND(memory.init_memory(config, 2, 9000), [cached(keys)], [cached(values)], length_B)
+    held = [np.swapaxes(np.asarray(loaded(x[0])), 2, 3) for x in (mem.keys, mem.values)]
+    for x, y in zip(held, (keys, values), strict=True):
+        assert np.all(np.abs(x - y)[0] <= np.abs(y)[0].max(-1, keepdims=True) / 251.9)
+    assert mem.nbytes == 2 * 2 * 2 * 9000 * (16 + 2) == 2 * 9000 * memory.token_bytes(config)
+    for score_bytes in (None, 2**16):
+        read = functools.partial(memory.topk, k=8, scale=SCALE, score_bytes=score_bytes)
+        partial, slots, scores = jax.jit(read)(q, mem.keys[0], mem.values[0], mem.length_B)
+        want_slots, want_scores, want_o, _ = brute_force(q, *held, length_B, 8, SCALE)
+        assert np.mean(slots == want_slots) > 0.99
+        np.testing.assert_allclose(scores, want_scores, atol=1e-5)
+        np.testing.assert_allclose(partial.o_BHTK, want_o, atol=2e-3)
+        assert np.mean(np.abs(partial.o_BHTK - want_o) < 2e-5) > 0.97
+        dense_read = functools.partial(memory.dense, scale=SCALE, score_bytes=score_bytes)
+        found = jax.jit(dense_read)(q, mem.keys[0], mem.values[0], mem.length_B)
+        seen = np.broadcast_to(np.arange(9000) < length_B[:, None, None], (2, T, 9000))
+        np.testing.assert_allclose(found.o_BHTK, reference.attention(q, *held, seen, SCALE)[0], atol=2e-5)
+
+
 APPEND = jax.jit(memory.append, donate_argnums=0)
 EVICT = jax.jit(memory.evict_oldest, donate_argnums=0)
 CLEAR = jax.jit(memory.clear)

@@ -16,7 +16,7 @@ from test_memory import SCALE, brute_force, fills
 
 import fot_jax
 from fot_jax import memory, sharding
-from fot_jax.config import ModelConfig
+from fot_jax.config import DtypePolicy, ModelConfig
 from fot_jax.generate import decode, prefill
 from fot_jax.generate.saved import load_reader, save_reader
 
@@ -39,9 +39,10 @@ SHAPES = {
 }
 
 
-def model_config(G, H, K, layers=1, window=8):
+def model_config(G, H, K, layers=1, window=8, dtype="float32"):
     sizes = dict(vocab_size=11, d_model=8, d_ff=8, n_layers=layers, n_heads=H, n_kv_heads=G, head_size=K)
-    return ModelConfig(**sizes, window=window, mem_layers=tuple(range(layers)))
+    dtypes = DtypePolicy(memory=dtype)
+    return ModelConfig(**sizes, window=window, mem_layers=tuple(range(layers)), dtypes=dtypes)
 
 
 APPEND = jax.jit(memory.append, donate_argnums=0)
@@ -83,29 +84,41 @@ def draw(rng, shape, spread):
     return tuple(x.astype(np.float32) for x in (size(B, H, T, K), size(B, G, M, K), size(B, G, M, K)))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("mesh", "name"),
+    [
+        pytest.param(mesh, name, marks=() if mesh == "8" or name.startswith("k beyond") else pytest.mark.slow)
+        for mesh in MESHES
+        for name in SHAPES
+    ],
+)
 @hypothesis.settings(max_examples=3)
-@hypothesis.given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0, 1, 6]))
-def test_slots_are_those_of_one_device_ties_included(devices, mesh, name, seed, spread):
+@hypothesis.given(
+    seed=st.integers(0, 2**32 - 1),
+    spread=st.sampled_from([0, 1, 6]),
+    dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
+)
+def test_slots_are_those_of_one_device_ties_included(devices, mesh, name, seed, spread, dtype):
     *shape, k, score_bytes = SHAPES[name]
     rng = np.random.default_rng(seed)
     q, keys, values = draw(rng, shape, spread)
+    q[..., 0], keys[..., 0], values[..., 0] = 0, 127, 127  # whole numbers then are exact in int8, too
     length_B = fills(rng, shape[0], shape[-1], k)
-    config = model_config(shape[3], shape[2], shape[4])
+    config = model_config(shape[3], shape[2], shape[4], dtype=dtype)
     with jax.set_mesh(sharding.make_mesh(MESHES[mesh], devices)):
         mem = held(config, keys, values, length_B)
         assert mem.deal.ways == MESHES[mesh]["context"]
-        assert mem.keys[0].sharding.shard_shape(mem.keys[0].shape)[3] == shape[-1] // mem.deal.ways
+        for x in jax.tree.leaves(mem.keys):
+            assert x.sharding.shard_shape(x.shape)[3] == shape[-1] // mem.deal.ways
         partial, slots, scores = topk(q, mem, k=k, score_bytes=score_bytes)
         whole = dense(q, mem, score_bytes=score_bytes)
     want_slots, want_scores, want_o, want_lse = brute_force(q, keys, values, length_B, k, SCALE)
     np.testing.assert_array_equal(slots, want_slots)
     np.testing.assert_array_equal(scores, want_scores)
-    np.testing.assert_allclose(partial.o_BHTK, want_o, atol=1e-5)
+    np.testing.assert_allclose(partial.o_BHTK, want_o, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(partial.lse_BHT, want_lse, atol=1e-5)
     _, _, want_o, want_lse = brute_force(q, keys, values, length_B, shape[-1], SCALE)
-    np.testing.assert_allclose(whole.o_BHTK, want_o, atol=1e-5)
+    np.testing.assert_allclose(whole.o_BHTK, want_o, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole.lse_BHT, want_lse, atol=1e-5)
 
 

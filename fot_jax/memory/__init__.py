@@ -18,11 +18,13 @@ from fot_jax.memory.cache import (
     token_bytes,
 )
 from fot_jax.memory.reading import DENSE, Reading, dense, read, topk, topk_attention
+from fot_jax.memory.stored import Int8
 
 __all__ = [
     "DENSE",
     "Cache",
     "Deal",
+    "Int8",
     "Pages",
     "Reading",
     "append",

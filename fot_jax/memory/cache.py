@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from fot_jax import sharding
 from fot_jax.config import MAX_SIZE, ModelConfig
+from fot_jax.memory.stored import Buffer, Int8, empty, stored, vector_bytes
 
 Array = jax.Array
 
@@ -99,13 +100,13 @@ class Cache:
     """Keys and values of some layers, appended to in place when donated.
 
     Attributes:
-        keys, values: one [B, G, K, M] array a layer; un-rotated keys.
+        keys, values: one [B, G, K, M] array a layer, or `Int8`; un-rotated keys.
         length_B: int32, slots filled in every layer.
         deal: how slots lie on devices.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: tuple[Buffer, ...]
+    values: tuple[Buffer, ...]
     length_B: Array
     deal: Deal = Deal()
 
@@ -141,12 +142,12 @@ class Pages:
     pages: tuple[Cache, ...]
 
     @property
-    def keys(self) -> tuple[tuple[Array, ...], ...]:
+    def keys(self) -> tuple[tuple[Buffer, ...], ...]:
         """For each layer, its pages of keys."""
         return tuple(zip(*(page.keys for page in self.pages), strict=True))
 
     @property
-    def values(self) -> tuple[tuple[Array, ...], ...]:
+    def values(self) -> tuple[tuple[Buffer, ...], ...]:
         """For each layer, its pages of values."""
         return tuple(zip(*(page.values for page in self.pages), strict=True))
 
@@ -184,7 +185,7 @@ def init_cache(config: ModelConfig, batch: int, layers: int, capacity: int, dtyp
     """
     _check_capacity(capacity)
     shape = (batch, config.n_kv_heads, config.head_size, capacity)
-    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+    zeros = lambda: tuple(empty(shape, dtype) for _ in range(layers))
     return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
@@ -200,7 +201,7 @@ def init_memory(config: ModelConfig, batch: int, capacity: int) -> Cache:
 
 def token_bytes(config: ModelConfig) -> int:
     """Bytes of memory that a token of a row takes: its keys and values in all memory layers."""
-    return len(config.mem_layers) * 2 * config.n_kv_heads * config.head_size * jnp.dtype(config.mem_dtype).itemsize
+    return len(config.mem_layers) * 2 * config.n_kv_heads * vector_bytes(config.head_size, config.mem_dtype)
 
 
 def init_pages(config: ModelConfig, batch: int, capacity: int) -> Pages:
@@ -237,7 +238,7 @@ def _write(buffer_GKM: Array, new_GKT: Array, start: Array, count: Array, deal: 
     first = jnp.clip(deal.before(jnp.maximum(start, 0), device), 0, M - size)
     old = jax.lax.dynamic_slice_in_dim(buffer_GKM, first, size, axis=2)
     t = deal.slot(device, first + jnp.arange(size)) - start
-    new = jnp.take(new_GKT.astype(buffer_GKM.dtype), jnp.clip(t, 0, T - 1), axis=2)
+    new = jnp.take(new_GKT, jnp.clip(t, 0, T - 1), axis=2)
     mixed = jnp.where(((t >= 0) & (t < count))[None, None, :], new, old)
     return jax.lax.dynamic_update_slice_in_dim(buffer_GKM, mixed, first, axis=2)
 
@@ -291,6 +292,8 @@ def _write_page(news: tuple, start_B: Array, count_B: Array, page: Cache) -> Cac
         each = jax.vmap(functools.partial(_write, deal=page.deal, device=device))
         return jax.tree.map(lambda buffer, new: each(buffer, new, start_B, count_B), buffers, news)
 
+    is_buffer = lambda x: isinstance(x, Int8)
+    news = jax.tree.map(lambda like, new: stored(new, like), (page.keys, page.values), news, is_leaf=is_buffer)
     keys, values = _on_devices(write, page, news, start_B, count_B)
     return dataclasses.replace(page, keys=keys, values=values)
 
@@ -358,7 +361,7 @@ def specs(tree: Any) -> Any:
         if not isinstance(x, Cache):
             return P()
         where = places(x.length_B.shape[0], x.keys[0].shape[1] if x.keys else 1)
-        each = lambda buffers: tuple(where.slots if x.deal.ways > 1 else where.heads for _ in buffers)
+        each = lambda buffers: jax.tree.map(lambda _: where.slots if x.deal.ways > 1 else where.heads, buffers)
         return dataclasses.replace(x, keys=each(x.keys), values=each(x.values), length_B=where.rows)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Cache))

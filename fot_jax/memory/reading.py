@@ -18,10 +18,12 @@ import numpy as np
 
 from fot_jax import attention, sharding
 from fot_jax.memory.cache import Deal, places, power_of_two
+from fot_jax.memory.stored import Buffer, Int8, loaded
 
 Array = jax.Array
 
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
+LOADED_BLOCK = 4096  # slots that a single query has loaded from int8 at a time
 COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
 
 
@@ -55,8 +57,8 @@ DENSE = Reading()
 def read(
     reading: Reading,
     q_BHTK: Array,
-    k_BGKM: Array | tuple[Array, ...],
-    v_BGKM: Array | tuple[Array, ...],
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    v_BGKM: Buffer | tuple[Buffer, ...],
     length_B: Array,
     *,
     scale: float,
@@ -69,7 +71,7 @@ def read(
     return topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, **options)[0]
 
 
-def _pages(x: Array | tuple[Array, ...]) -> tuple[Array, ...]:
+def _pages(x: Buffer | tuple[Buffer, ...]) -> tuple[Buffer, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
@@ -107,7 +109,7 @@ class _Part(NamedTuple):
     """A page of memory, or what a device holds of one.
 
     Attributes:
-        arrays: [B, G, K, n] each, read together.
+        arrays: [B, G, K, n] each, read together, in the format of memory.
         filled_B: int32, columns filled, from the first.
         first: number of the page's first slot.
         slots: of the whole page.
@@ -115,7 +117,7 @@ class _Part(NamedTuple):
         device: which this is.
     """
 
-    arrays: tuple[Array, ...]
+    arrays: tuple[Buffer, ...]
     filled_B: Array
     first: int
     slots: int
@@ -131,9 +133,15 @@ class _Part(NamedTuple):
         """Numbers of the slots in columns."""
         return self.first + self.deal.slot(self.device, column)
 
+    @property
+    def whole(self) -> tuple[tuple[Array, ...], _Part, int, Array]:
+        """All of it in one block, as a `_Step` takes it."""
+        counts = jnp.arange(self.columns)[None, :] < self.filled_B[:, None]
+        return tuple(map(loaded, self.arrays)), self, 0, counts
+
 
 def _parts(
-    pages: Sequence[tuple[Array, ...]], length_B: Array, deals: Sequence[Deal], device: Array | int
+    pages: Sequence[tuple[Buffer, ...]], length_B: Array, deals: Sequence[Deal], device: Array | int
 ) -> list[_Part]:
     """The parts of pages, of which `length_B` slots are filled in all together."""
     out, first = [], 0
@@ -155,7 +163,13 @@ def _over_slots(step: _Step, carry: Any, parts: Sequence[_Part], size: int) -> A
     for part in parts:
 
         def whole(carry: Any, part=part) -> Any:
-            return step(carry, part.arrays, part, 0, jnp.arange(part.columns)[None, :] < part.filled_B[:, None])
+            return step(
+                carry,
+                tuple(map(loaded, part.arrays)),
+                part,
+                0,
+                jnp.arange(part.columns)[None, :] < part.filled_B[:, None],
+            )
 
         if size < part.columns:
             carry = _over_blocks(step, carry, part, size)
@@ -166,7 +180,7 @@ def _over_slots(step: _Step, carry: Any, parts: Sequence[_Part], size: int) -> A
 
 def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part], size: int) -> list[Any]:
     """What `step` makes of each part: for a single query, which reads a part where it lies unless little of it is
-    filled.
+    filled, or its numbers are loaded from another format.
 
     Args:
         nothing: what comes of an empty part of so many columns.
@@ -174,9 +188,17 @@ def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part
     out = []
     for part in parts:
         fill = jnp.max(part.filled_B)
+        if any(isinstance(x, Int8) for x in part.arrays):
+            size = min(size, LOADED_BLOCK)
 
         def whole(part=part) -> Any:
-            return step(None, part.arrays, part, 0, jnp.arange(part.columns)[None, :] < part.filled_B[:, None])
+            return step(
+                None,
+                tuple(map(loaded, part.arrays)),
+                part,
+                0,
+                jnp.arange(part.columns)[None, :] < part.filled_B[:, None],
+            )
 
         def blocks(size: int, part=part) -> Any:
             return _over_blocks(step, nothing(part.columns), part, size)
@@ -202,8 +224,8 @@ def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
         first = jnp.minimum(i * size, part.columns - size)
         column = first + jnp.arange(size)
         counts = None if whole else (column >= i * size)[None, :] & (column[None, :] < part.filled_B[:, None])
-        block = tuple(jax.lax.dynamic_slice_in_dim(x, first, size, axis=3) for x in part.arrays)
-        return step(carry, block, part, first, counts)
+        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=3), part.arrays)
+        return step(carry, tuple(map(loaded, block)), part, first, counts)
 
     n_whole, n = jnp.min(part.filled_B) // size, -(-jnp.max(part.filled_B) // size)  # filled in every row: no mask
     carry = jax.lax.fori_loop(0, n_whole, functools.partial(one, True), carry)
@@ -217,7 +239,7 @@ _Read = Callable[[Array, list[_Part], tuple[str, ...]], Any]
 def _on_devices(
     read: _Read,
     q_BHTK: Array,
-    pages: Sequence[tuple[Array, ...]],
+    pages: Sequence[tuple[Buffer, ...]],
     length_B: Array,
     deals: tuple[Deal, ...],
 ) -> Any:
@@ -238,7 +260,7 @@ def _on_devices(
     where = places(q_BHTK.shape[0], pages[0][0].shape[1])
     axes = where.axes if dealt != {1} else ()
 
-    def body(q: Array, pages: Sequence[tuple[Array, ...]], length_B: Array) -> Any:
+    def body(q: Array, pages: Sequence[tuple[Buffer, ...]], length_B: Array) -> Any:
         device = jax.lax.axis_index(axes) if axes else 0
         return read(q, _parts(pages, length_B, deals, device), axes)
 
@@ -261,8 +283,8 @@ def _merge_over(axes: tuple[str, ...], partial: attention.Partial) -> attention.
 
 def dense(
     q_BHTK: Array,
-    k_BGKM: Array | tuple[Array, ...],
-    v_BGKM: Array | tuple[Array, ...],
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    v_BGKM: Buffer | tuple[Buffer, ...],
     length_B: Array,
     *,
     scale: float,
@@ -342,8 +364,8 @@ def _best(s: Array, k: int) -> tuple[Array, Array]:
 
 def topk(
     q_BHTK: Array,
-    k_BGKM: Array | tuple[Array, ...],
-    v_BGKM: Array | tuple[Array, ...],
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    v_BGKM: Buffer | tuple[Buffer, ...],
     length_B: Array,
     *,
     k: int,
@@ -386,7 +408,7 @@ def _topk(
     query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
     # Retrieved values are [B, H, T, N, K] before they are averaged: they count towards the budget too.
     query_block = max(1, min(query_block, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
-    turned = [jnp.swapaxes(part.arrays[1], 2, 3) for part in parts]
+    turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), part.arrays[1]) for part in parts]
     keys_only = [part._replace(arrays=part.arrays[:1]) for part in parts]
 
     def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
@@ -411,11 +433,11 @@ def _topk(
 
             def add(o: Array, part=part, v_BGPK=v_BGPK, here=here, slot=slot) -> Array:
                 index = jnp.where(here, part.deal.column(slot), 0)
+                each = lambda take, v: loaded(jax.tree.map(lambda x: jax.vmap(jax.vmap(take))(x, index), v))
                 if index.shape[2] * N < part.columns:  # a few columns of values
-                    columns = jax.vmap(jax.vmap(lambda v_KM, index_QN: v_KM[:, index_QN]))
-                    v_BGQNK = jnp.moveaxis(columns(part.arrays[1], index), 2, 4)
+                    v_BGQNK = jnp.moveaxis(each(lambda v_KM, index_QN: v_KM[:, index_QN], part.arrays[1]), 2, 4)
                 else:  # so many that the values are turned round first, once for all blocks of queries
-                    v_BGQNK = jax.vmap(jax.vmap(lambda v_MK, index_QN: v_MK[index_QN]))(v_BGPK, index)
+                    v_BGQNK = each(lambda v_MK, index_QN: v_MK[index_QN], v_BGPK)
                 mine = jnp.where(here, weights, 0.0).astype(dtype)
                 sums = dict(preferred_element_type=jnp.float32)
                 return o + jnp.einsum("bgqn,bgqnk->bgqk", mine, v_BGQNK.astype(dtype), **sums)
