@@ -129,6 +129,14 @@ def ways(logical: str) -> int:
     return math.prod(shape[axis] for axis in axes(logical))
 
 
+def platform() -> str:
+    """What kind of device programs are made for, "cpu", "gpu" or "tpu": that of the mesh of `jax.set_mesh`, which may
+    be one that is only compiled for, or else the process's own.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose first axis is batch rows."""
     return NamedSharding(mesh, spec("batch"))

@@ -17,7 +17,7 @@ from fot_jax.memory.cache import (
     power_of_two,
     token_bytes,
 )
-from fot_jax.memory.reading import DENSE, Reading, dense, read, topk, topk_attention
+from fot_jax.memory.reading import DENSE, Reading, dense, read, search, topk, topk_attention
 from fot_jax.memory.stored import Int8
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "places",
     "power_of_two",
     "read",
+    "search",
     "token_bytes",
     "topk",
     "topk_attention",

@@ -23,6 +23,7 @@ from fot_jax.memory.stored import Buffer, Int8, loaded
 Array = jax.Array
 
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
+FEW_QUERIES, MOST_SLOTS = 16, 2**18  # queries and slots of a block that top-k is selected of
 LOADED_BLOCK = 4096  # slots that a single query has loaded from int8 at a time
 COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
 
@@ -34,7 +35,7 @@ class Reading:
     Attributes:
         kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
         k: slots a query retrieves, for "topk".
-        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 8
+        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 128
             MiB for "topk"); longer queries and memories are streamed in blocks.
     """
 
@@ -81,14 +82,18 @@ def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int
     Key blocks get no smaller than 256 slots, or matrix products would be; queries are split instead, down to one.
     """
     many = queries > 1
-    if score_bytes is None and k is not None and many and jax.default_backend() == "cpu":
-        # Selection is dear, and cheaper of one large block than of many small ones.
-        slot_block = min(slots, power_of_two(max(4096, 128 * k)))
-        return max(1, min(queries, 2**23 // (4 * rows * slot_block))), slot_block
+    cpu = sharding.platform() == "cpu"
+    if k is not None and many:
+        # Selection is dear, and cheaper of one large block for a few queries than of many small ones. Scores are there
+        # twice, as products and as numbers to compare.
+        budget = (score_bytes or 2**27) // (8 * rows)
+        slot_block = min(slots, power_of_two(budget // min(queries, FEW_QUERIES) + 1) // 2, MOST_SLOTS)
+        if slot_block >= min(slots, 64 * SUB_BLOCK):
+            return min(queries, budget // slot_block), slot_block
     if score_bytes is None:
         # Of many queries a CPU's scores should stay in its cache; elsewhere large products and few steps count. A
         # single query has fewer scores than its keys have bytes, and a block of keys would be copied to be read.
-        score_bytes = (2 if many and jax.default_backend() == "cpu" else 256) * 2**20
+        score_bytes = (2 if many and cpu else 256) * 2**20
     budget = max(score_bytes // (4 * rows), 1)
     slot_block = min(slots, max(budget // queries, 256), 2**15 if many else slots)  # no more: cost follows the fill
     return max(1, min(queries, budget // slot_block)), slot_block
@@ -395,8 +400,28 @@ def topk(
         nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
         return (dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale), *nothing)
     partial, slots, s = _on_devices(functools.partial(_topk, N, scale, score_bytes), q_BHTK, pages, length_B, deals)
-    widen = lambda x, fill: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, k - N)), constant_values=fill)
-    return partial, widen(slots, -1), widen(s, -jnp.inf)
+    return partial, *_widened(k, slots, s)
+
+
+def _search(
+    N: int, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+) -> tuple[Array, Array]:
+    """Slots and scores [B, H, T, N], on every device the same."""
+    B, H, T, _ = q_BHTK.shape
+    G = parts[0].arrays[0].shape[1]
+    largest = max(part.columns for part in parts)
+    query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
+    keys = [part._replace(arrays=part.arrays[:1]) for part in parts]
+
+    def read_block(q: Array) -> tuple[Array, Array]:
+        at_once = T == 1 and slot_block == largest  # scores are few: one selection for all parts
+        s, slots = _select(attention.grouped(q, G), keys, N, slot_block, at_once)
+        if axes:
+            s, slots = _best_of_all(s, slots, N, axes)
+        heads = lambda x: x.reshape(B, H, q.shape[2], N)
+        return heads(jnp.where(s > -jnp.inf, slots, -1)), heads(s)
+
+    return _over_query_blocks(read_block, q_BHTK, query_block)
 
 
 def _topk(
@@ -501,6 +526,42 @@ def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple
     s, slots = (jax.lax.all_gather(x, axes, axis=3, tiled=True) for x in (s, slots))
     falling, slots = jax.lax.sort((-s, slots), dimension=3, num_keys=2)
     return -falling[..., :N], slots[..., :N]
+
+
+def search(
+    q_BHTK: Array,
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    length_B: Array,
+    *,
+    k: int,
+    score_bytes: int | None = None,
+    deals: tuple[Deal, ...] = (),
+) -> tuple[Array, Array]:
+    """The k best slots of each query by inner product, exactly: what `topk` selects, without values.
+
+    Args:
+        q_BHTK, k_BGKM, length_B, k, score_bytes, deals: as for `topk`.
+
+    Returns:
+        slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32, -inf there.
+
+    Raises:
+        ValueError: k below 1.
+    """
+    Reading("topk", k)
+    pages = [(keys,) for keys in _pages(k_BGKM)]
+    N = min(k, sum(keys.shape[3] for (keys,) in pages))
+    shape = q_BHTK.shape[:3]
+    if not N:
+        return jnp.full((*shape, k), -1, jnp.int32), jnp.full((*shape, k), -jnp.inf)
+    slots, s = _on_devices(functools.partial(_search, N, score_bytes), q_BHTK, pages, length_B, deals)
+    return _widened(k, slots, s)
+
+
+def _widened(k: int, slots: Array, s: Array) -> tuple[Array, Array]:
+    """Slots and scores of fewer than k, with none in the places left."""
+    pad = [(0, 0)] * 3 + [(0, k - s.shape[-1])]
+    return jnp.pad(slots, pad, constant_values=-1), jnp.pad(s, pad, constant_values=-jnp.inf)
 
 
 def topk_attention(
