@@ -35,7 +35,7 @@ class Reading:
     Attributes:
         kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
         k: slots a query retrieves, for "topk".
-        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 128
+        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 144
             MiB for "topk"); longer queries and memories are streamed in blocks.
     """
 
@@ -85,8 +85,8 @@ def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int
     cpu = sharding.platform() == "cpu"
     if k is not None and many:
         # Selection is dear, and cheaper of one large block for a few queries than of many small ones. Scores are there
-        # twice, as products and as numbers to compare.
-        budget = (score_bytes or 2**27) // (8 * rows)
+        # twice, as products and as numbers to compare, and what is selected of them takes an eighth of that.
+        budget = (score_bytes or 9 * 2**24) // (9 * rows)
         slot_block = min(slots, power_of_two(budget // min(queries, FEW_QUERIES) + 1) // 2, MOST_SLOTS)
         if slot_block >= min(slots, 64 * SUB_BLOCK):
             return min(queries, budget // slot_block), slot_block
@@ -99,15 +99,46 @@ def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int
     return max(1, min(queries, budget // slot_block)), slot_block
 
 
-def _over_query_blocks(read_block: Callable[[Array], Any], q_BHTK: Array, size: int) -> Any:
-    """`read_block` on blocks of `size` queries, one after another, joined along T (axis 2 of every result)."""
-    B, H, T, K = q_BHTK.shape
-    if size >= T:
-        return read_block(q_BHTK)
-    n = -(-T // size)
-    padded = jnp.pad(q_BHTK, ((0, 0), (0, 0), (0, n * size - T), (0, 0)))
-    out = jax.lax.map(read_block, jnp.moveaxis(padded.reshape(B, H, n, size, K), 2, 0))
-    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *x.shape[4:])[:, :, :T], out)
+def _over_query_blocks(read_block: Callable[..., Any], xs: Any, size: int) -> Any:
+    """`read_block` on blocks of `size` queries, one after another.
+
+    Args:
+        xs: an array [B, H, T, ...], or a tree of them.
+
+    Returns:
+        What the blocks give, joined along T, axis 2 of every array.
+    """
+    T = jax.tree.leaves(xs)[0].shape[2]
+    return _joined(_one_by_one(read_block, _in_blocks(xs, size)), T)
+
+
+def _in_blocks(xs: Any, size: int) -> Any:
+    """[n, B, H, size, ...] of arrays [B, H, T, ...], with zeros after the last."""
+
+    def split(x: Array) -> Array:
+        B, H, T, *rest = x.shape
+        n = -(-T // size)
+        padded = jnp.pad(x, [(0, 0), (0, 0), (0, n * size - T), *[(0, 0)] * len(rest)])
+        return jnp.moveaxis(padded.reshape(B, H, n, size, *rest), 2, 0)
+
+    return jax.tree.map(split, xs)
+
+
+def _joined(xs: Any, T: int) -> Any:
+    """[B, H, T, ...] of arrays [n, B, H, size, ...]: the other way."""
+
+    def join(x: Array) -> Array:
+        n, B, H, size, *rest = x.shape
+        return jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *rest)[:, :, :T]
+
+    return jax.tree.map(join, xs)
+
+
+def _one_by_one(f: Callable[[Any], Any], xs: Any) -> Any:
+    """`lax.map`, without a loop where there is one."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.map(f, xs)
+    return jax.tree.map(lambda x: x[None], f(jax.tree.map(lambda x: x[0], xs)))
 
 
 class _Part(NamedTuple):
@@ -408,20 +439,70 @@ def _search(
 ) -> tuple[Array, Array]:
     """Slots and scores [B, H, T, N], on every device the same."""
     B, H, T, _ = q_BHTK.shape
-    G = parts[0].arrays[0].shape[1]
-    largest = max(part.columns for part in parts)
+    G, largest = parts[0].arrays[0].shape[1], max(part.columns for part in parts)
     query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
     keys = [part._replace(arrays=part.arrays[:1]) for part in parts]
+    q_nBGQK = jax.vmap(functools.partial(attention.grouped, n_kv_heads=G))(_in_blocks(q_BHTK, query_block))
+    if T == 1 and slot_block == largest:
+        s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, slot_block))
+    else:
+        s, slots = _select(q_nBGQK, keys, N, slot_block)
 
-    def read_block(q: Array) -> tuple[Array, Array]:
-        at_once = T == 1 and slot_block == largest  # scores are few: one selection for all parts
-        s, slots = _select(attention.grouped(q, G), keys, N, slot_block, at_once)
-        if axes:
-            s, slots = _best_of_all(s, slots, N, axes)
-        heads = lambda x: x.reshape(B, H, q.shape[2], N)
+    def of_all(found: tuple[Array, Array]) -> tuple[Array, Array]:
+        s, slots = _best_of_all(*found, N, axes) if axes else found
+        heads = lambda x: x.reshape(B, H, query_block, N)
         return heads(jnp.where(s > -jnp.inf, slots, -1)), heads(s)
 
-    return _over_query_blocks(read_block, q_BHTK, query_block)
+    return _joined(_one_by_one(of_all, (s, slots)), T)
+
+
+def _scores(q_BGQK: Array, keys: Array, counts: Array | None, others: Array | float) -> Array:
+    """Scores, with `others` where slots do not count."""
+    s = attention.scores(q_BGQK, keys, slots_last=True)
+    s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
+    return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
+
+
+def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tuple[Array, Array]:
+    """The best slots of those that a device holds: scores, greatest first, -inf beyond what is filled, and numbers; N
+    of them, or as many as it holds, [n, B, G, Q, N]. A block of keys is loaded once for all blocks of queries.
+    """
+    N = min(N, sum(part.columns for part in parts))
+
+    def select(so_far: Any, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Any:
+        def one(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            q_BGQK, *so_far = block
+            s = _scores(q_BGQK, arrays[0], counts, -jnp.inf)
+            best, index = _best(s, min(N, s.shape[-1]))
+            # So far comes first: among equals the earlier, lower slot wins.
+            new = best, part.number(first + index)
+            s, slots = (jnp.concatenate(both, axis=-1) for both in zip(so_far, new, strict=True))
+            top, chosen = _top_k(s, N)
+            return top, jnp.take_along_axis(slots, chosen, axis=-1)
+
+        return _one_by_one(one, (q_nBGQK, *so_far))
+
+    shape = (*q_nBGQK.shape[:-1], N)
+    return _over_slots(select, (jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)), parts, slot_block)
+
+
+def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tuple[Array, Array]:
+    """The same, [B, G, Q, N], of a query whose scores are so few that all are made before the selection."""
+
+    def write(part_s: Array | None, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Array:
+        if part_s is None:
+            return _scores(q_BGQK, arrays[0], counts, -jnp.inf)
+        old = jax.lax.dynamic_slice_in_dim(part_s, first, arrays[0].shape[3], axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(part_s, _scores(q_BGQK, arrays[0], counts, old), first, axis=3)
+
+    nothing = lambda columns: jnp.full((*q_BGQK.shape[:3], columns), -jnp.inf)
+    each_s = _each_part(write, nothing, parts, slot_block)
+    s, index = _best(jnp.concatenate(each_s, axis=3), min(N, sum(part.columns for part in parts)))
+    slots, start = parts[0].number(index), parts[0].columns
+    for part in parts[1:]:
+        slots = jnp.where(index >= start, part.number(index - start), slots)
+        start += part.columns
+    return s, slots
 
 
 def _topk(
@@ -429,30 +510,23 @@ def _topk(
 ) -> tuple[attention.Partial, Array, Array]:
     B, H, T, K = q_BHTK.shape
     G = parts[0].arrays[0].shape[1]
-    largest = max(part.columns for part in parts)
-    query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
-    # Retrieved values are [B, H, T, N, K] before they are averaged: they count towards the budget too.
-    query_block = max(1, min(query_block, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
+    found = _search(N, score_bytes, q_BHTK, parts, axes)
+    # Retrieved values are [B, H, T, N, K] before they are averaged: they have a budget too.
+    query_block = max(1, min(T, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
+    dtype = jnp.promote_types(q_BHTK.dtype, parts[0].arrays[1].dtype)
     turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), part.arrays[1]) for part in parts]
-    keys_only = [part._replace(arrays=part.arrays[:1]) for part in parts]
 
-    def read_block(q: Array) -> tuple[attention.Partial, Array, Array]:
-        q_BGQK = attention.grouped(q, G)
-        at_once = T == 1 and slot_block == largest  # scores are few: one selection for all parts
-        s, slots = _select(q_BGQK, keys_only, N, slot_block, at_once)
-        if axes:
-            s, slots = _best_of_all(s, slots, N, axes)
-        filled = s > -jnp.inf
+    def average(found: tuple[Array, Array]) -> attention.Partial:
+        slots, s = (x.reshape(B, G, -1, N) for x in found)
         top = jnp.max(s * scale, axis=-1, keepdims=True)
         p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
         total = jnp.sum(p, axis=-1, keepdims=True)
         safe = jnp.where(total == 0.0, 1.0, total)
-        weights = jnp.where(filled, p / safe, 0.0)
-        dtype = jnp.promote_types(q.dtype, parts[0].arrays[1].dtype)
-        o = jnp.zeros(q_BGQK.shape, jnp.float32)
+        weights = jnp.where(slots >= 0, p / safe, 0.0)
+        o = jnp.zeros((*s.shape[:3], K), jnp.float32)
         for part, v_BGPK in zip(parts, turned, strict=True):
             slot = slots - part.first
-            here = filled & (slot >= 0) & (slot < part.slots)
+            here = (slot >= 0) & (slot < part.slots)
             if part.deal.ways > 1:
                 here &= part.deal.device(slot) == part.device
 
@@ -471,54 +545,10 @@ def _topk(
         if axes:
             o = jax.lax.psum(o, axes)
         lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
-        heads = lambda x: x.reshape(B, H, q.shape[2], *x.shape[3:])
-        return attention.Partial(heads(o), heads(lse[..., 0])), heads(jnp.where(filled, slots, -1)), heads(s)
+        heads = lambda x: x.reshape(B, H, -1, *x.shape[3:])
+        return attention.Partial(heads(o), heads(lse[..., 0]))
 
-    return _over_query_blocks(read_block, q_BHTK, query_block)
-
-
-def _select(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int, at_once: bool) -> tuple[Array, Array]:
-    """The best slots of those that a device holds: scores, greatest first, -inf beyond what is filled, and numbers; N
-    of them, or as many as it holds.
-
-    Args:
-        at_once: whether all scores are made before the selection.
-    """
-    N = min(N, sum(part.columns for part in parts))
-
-    def scores(keys: Array, counts: Array | None, others: Array | float) -> Array:
-        s = attention.scores(q_BGQK, keys, slots_last=True)
-        s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
-        return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
-
-    def write(part_s: Array | None, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Array:
-        if part_s is None:
-            return scores(arrays[0], counts, -jnp.inf)
-        old = jax.lax.dynamic_slice_in_dim(part_s, first, arrays[0].shape[3], axis=3)
-        return jax.lax.dynamic_update_slice_in_dim(part_s, scores(arrays[0], counts, old), first, axis=3)
-
-    def select(
-        so_far: tuple[Array, Array], arrays: tuple, part: _Part, first: Array | int, counts: Array | None
-    ) -> tuple[Array, Array]:
-        s = scores(arrays[0], counts, -jnp.inf)
-        best, index = _best(s, min(N, s.shape[-1]))
-        slots = part.number(first + index)
-        # So far comes first: among equals the earlier, lower slot wins.
-        joined = jnp.concatenate([so_far[0], best], axis=-1), jnp.concatenate([so_far[1], slots], axis=-1)
-        top, chosen = _top_k(joined[0], N)
-        return top, jnp.take_along_axis(joined[1], chosen, axis=-1)
-
-    nothing = lambda n: jnp.full((*q_BGQK.shape[:3], n), -jnp.inf)
-    if not at_once:
-        carry = nothing(N), jnp.full((*q_BGQK.shape[:3], N), -1, jnp.int32)
-        return _over_slots(select, carry, parts, slot_block)
-    each_s = _each_part(write, nothing, parts, slot_block)
-    s, index = _best(jnp.concatenate(each_s, axis=3), N)
-    slots, start = parts[0].number(index), parts[0].columns
-    for part in parts[1:]:
-        slots = jnp.where(index >= start, part.number(index - start), slots)
-        start += part.columns
-    return s, slots
+    return _over_query_blocks(average, found, query_block), *found
 
 
 def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
