@@ -5,10 +5,8 @@ from fot_jax.memory.cache import (
     Deal,
     Pages,
     append,
-    clear,
     compact,
     constrain,
-    evict_oldest,
     init_cache,
     init_memory,
     init_pages,
@@ -17,6 +15,7 @@ from fot_jax.memory.cache import (
     power_of_two,
     token_bytes,
 )
+from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, take
 from fot_jax.memory.reading import DENSE, Reading, dense, read, search, topk, topk_attention
 from fot_jax.memory.stored import Int8
 
@@ -36,11 +35,14 @@ __all__ = [
     "init_cache",
     "init_memory",
     "init_pages",
+    "merge",
     "place",
     "places",
     "power_of_two",
     "read",
+    "restrict",
     "search",
+    "take",
     "token_bytes",
     "topk",
     "topk_attention",

@@ -94,7 +94,9 @@ def dealt(capacity: int) -> Deal:
     return Deal(ways, block)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "length_B"], meta_fields=["deal"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keys", "values", "length_B", "seen"], meta_fields=["deal"]
+)
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of some layers, appended to in place when donated.
@@ -103,12 +105,19 @@ class Cache:
         keys, values: one [B, G, K, M] array a layer, or `Int8`; un-rotated keys.
         length_B: int32, slots filled in every layer.
         deal: how slots lie on devices.
+        seen: which slots are read, bool [B, 1, 1, M] as they lie; None for all that are filled. See `restrict`.
     """
 
     keys: tuple[Buffer, ...]
     values: tuple[Buffer, ...]
     length_B: Array
     deal: Deal = Deal()
+    seen: Array | None = None
+
+    @property
+    def each_seen(self) -> tuple[Array | None, ...]:
+        """Which slots of each page are read, of which this has one."""
+        return (self.seen,)
 
     @property
     def deals(self) -> tuple[Deal, ...]:
@@ -155,6 +164,11 @@ class Pages:
     def deals(self) -> tuple[Deal, ...]:
         """How the slots of each page lie on devices."""
         return tuple(page.deal for page in self.pages)
+
+    @property
+    def each_seen(self) -> tuple[Array | None, ...]:
+        """Which slots of each page are read."""
+        return tuple(page.seen for page in self.pages)
 
     @property
     def length_B(self) -> Array:
@@ -267,6 +281,10 @@ def append(
         )
     if not keys:
         return cache
+    held = pages[0].keys[0].shape
+    for new in (*keys, *values):
+        if new.shape[:3] != held[:3]:
+            raise ValueError(f"new keys or values are {new.shape}; wanted {held[:3]} and tokens, as the cache has")
     T, room = keys[0].shape[3], min(page.capacity for page in pages)
     if T > room:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {room}")
@@ -294,28 +312,8 @@ def _write_page(news: tuple, start_B: Array, count_B: Array, page: Cache) -> Cac
 
     is_buffer = lambda x: isinstance(x, Int8)
     news = jax.tree.map(lambda like, new: stored(new, like), (page.keys, page.values), news, is_leaf=is_buffer)
-    keys, values = _on_devices(write, page, news, start_B, count_B)
+    keys, values = on_devices(write, page, news, start_B, count_B)
     return dataclasses.replace(page, keys=keys, values=values)
-
-
-def evict_oldest(cache: Cache, count_B: Array) -> Cache:
-    """The cache without the `count_B[b]` oldest tokens of each row; the others move up, so that slot 0 is the oldest
-    again. Of a memory dealt to several devices whole rounds leave, so that no token moves to another device: the count
-    is rounded up to a multiple of ways x block.
-    """
-    deal = cache.deal
-    round_ = deal.ways * deal.block if deal.ways > 1 else 1
-    rounds_B = -(-jnp.minimum(count_B, cache.length_B) // round_)
-    columns_B = rounds_B * (round_ // deal.ways)
-
-    def shift(device: Array | int, columns_B: Array, buffers: tuple) -> tuple:
-        one = jax.vmap(lambda x_GKM, columns: jnp.roll(x_GKM, -columns, axis=2))
-        return jax.tree.map(lambda x: one(x, columns_B), buffers)
-
-    keys, values = _on_devices(shift, cache, columns_B)
-    return dataclasses.replace(
-        cache, keys=keys, values=values, length_B=jnp.maximum(cache.length_B - rounds_B * round_, 0)
-    )
 
 
 class Places(NamedTuple):
@@ -324,12 +322,14 @@ class Places(NamedTuple):
 
     Attributes:
         slots: of [B, G, K, M], whose M is dealt.
+        seen: of [B, 1, 1, M], the same.
         heads: of arrays whose first dimensions are B and G, or B and H.
         rows: of [B].
         axes: mesh axes that M is dealt over.
     """
 
     slots: P
+    seen: P
     heads: P
     rows: P
     axes: tuple[str, ...]
@@ -349,7 +349,8 @@ def places(batch: int, kv_heads: int) -> Places:
             split = split[:-1]
         return P(*(axes if len(axes) > 1 else axes[0] if axes else None for axes in split))
 
-    return Places(spec(rows, heads, (), slots), spec(rows, heads), spec(rows), slots)
+    of_slots = spec(rows, heads, (), slots), spec(rows, (), (), slots)
+    return Places(*of_slots, spec(rows, heads), spec(rows), slots)
 
 
 def specs(tree: Any) -> Any:
@@ -362,14 +363,19 @@ def specs(tree: Any) -> Any:
             return P()
         where = places(x.length_B.shape[0], x.keys[0].shape[1] if x.keys else 1)
         each = lambda buffers: jax.tree.map(lambda _: where.slots if x.deal.ways > 1 else where.heads, buffers)
-        return dataclasses.replace(x, keys=each(x.keys), values=each(x.values), length_B=where.rows)
+        seen = None if x.seen is None else where.seen if x.deal.ways > 1 else where.rows
+        return dataclasses.replace(x, keys=each(x.keys), values=each(x.values), length_B=where.rows, seen=seen)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Cache))
 
 
 def place(tree: Any) -> Any:
-    """Caches and other arrays, put where `specs` says on the mesh of `jax.set_mesh`. The tree is used up."""
+    """Caches and other arrays, put where `specs` says on the mesh of `jax.set_mesh`; the tree is used up. Without a
+    mesh, the tree itself.
+    """
     mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
     return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree)), donate=True)
 
 
@@ -380,9 +386,9 @@ def constrain(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, specs(tree))
 
 
-def _on_devices(f: Callable[..., tuple], cache: Cache, *arrays: Any) -> tuple:
+def on_devices(f: Callable[..., tuple], cache: Cache, *arrays: Any, whole: bool = False) -> tuple:
     """`f(device, *arrays, (keys, values))` on every device's part of a cache's buffers; what it returns lies as they
-    do. Arrays of one dimension are [B], others [B, G, ...].
+    do, or with `whole` is the same on all devices of the memory. Arrays of one dimension are [B], others [B, G, ...].
     """
     buffers = cache.keys, cache.values
     if cache.deal.ways == 1:
@@ -391,12 +397,8 @@ def _on_devices(f: Callable[..., tuple], cache: Cache, *arrays: Any) -> tuple:
     specs = jax.tree.map(lambda x: where.rows if x.ndim == 1 else where.heads, arrays)
     slots = jax.tree.map(lambda x: where.slots, buffers)
     body = lambda *args: f(jax.lax.axis_index(where.axes), *args)
-    return jax.shard_map(body, in_specs=(*specs, slots), out_specs=slots, check_vma=False)(*arrays, buffers)
-
-
-def clear(cache: Cache, row_B: Array) -> Cache:
-    """The cache with the rows where `row_B` (bool) is True emptied."""
-    return dataclasses.replace(cache, length_B=jnp.where(row_B, 0, cache.length_B))
+    out = jax.tree.map(lambda _: where.heads, buffers) if whole else slots
+    return jax.shard_map(body, in_specs=(*specs, slots), out_specs=out, check_vma=False)(*arrays, buffers)
 
 
 def compact(xs: Sequence[Array], valid_BT: Array) -> tuple[Array, ...]:

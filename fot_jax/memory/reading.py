@@ -64,12 +64,17 @@ def read(
     *,
     scale: float,
     deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
 ) -> attention.Partial:
     """Attention over memory, an array or its pages, as a partial, to be merged with the local window's."""
-    arrays, options = (q_BHTK, k_BGKM, v_BGKM, length_B), dict(scale=scale, deals=deals)
+    arrays, options = (q_BHTK, k_BGKM, v_BGKM, length_B), dict(scale=scale, deals=deals, seen=seen)
     if reading.k is None:
         return dense(*arrays, score_bytes=reading.score_bytes, **options)
     return topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, **options)[0]
+
+
+# For each page of a memory which slots are read, bool [B, 1, 1, M] as they lie on devices, or None for all.
+Seen = tuple[Array | None, ...]
 
 
 def _pages(x: Buffer | tuple[Buffer, ...]) -> tuple[Buffer, ...]:
@@ -151,6 +156,7 @@ class _Part(NamedTuple):
         slots: of the whole page.
         deal: how they lie on devices.
         device: which this is.
+        seen: which columns are read, bool [B, 1, 1, n]; None for all.
     """
 
     arrays: tuple[Buffer, ...]
@@ -159,6 +165,7 @@ class _Part(NamedTuple):
     slots: int
     deal: Deal
     device: Array | int
+    seen: Array | None
 
     @property
     def columns(self) -> int:
@@ -173,18 +180,28 @@ class _Part(NamedTuple):
     def whole(self) -> tuple[tuple[Array, ...], _Part, int, Array]:
         """All of it in one block, as a `_Step` takes it."""
         counts = jnp.arange(self.columns)[None, :] < self.filled_B[:, None]
-        return tuple(map(loaded, self.arrays)), self, 0, counts
+        return tuple(map(loaded, self.arrays)), self, 0, _and(counts, self.seen)
+
+
+def _and(counts: Array | None, seen: Array | None) -> Array | None:
+    """Columns [B, n] that both say count; None for all."""
+    if seen is None:
+        return counts
+    return seen[:, 0, 0] if counts is None else counts & seen[:, 0, 0]
 
 
 def _parts(
-    pages: Sequence[tuple[Buffer, ...]], length_B: Array, deals: Sequence[Deal], device: Array | int
+    pages: Sequence[tuple[tuple[Buffer, ...], Array | None]],
+    length_B: Array,
+    deals: Sequence[Deal],
+    device: Array | int,
 ) -> list[_Part]:
     """The parts of pages, of which `length_B` slots are filled in all together."""
     out, first = [], 0
-    for arrays, deal in zip(pages, deals, strict=True):
+    for (arrays, seen), deal in zip(pages, deals, strict=True):
         slots = arrays[0].shape[3] * deal.ways
         filled_B = deal.before(jnp.clip(length_B - first, 0, slots), device)
-        out.append(_Part(arrays, filled_B, first, slots, deal, device))
+        out.append(_Part(arrays, filled_B, first, slots, deal, device, seen))
         first += slots
     return out
 
@@ -199,13 +216,7 @@ def _over_slots(step: _Step, carry: Any, parts: Sequence[_Part], size: int) -> A
     for part in parts:
 
         def whole(carry: Any, part=part) -> Any:
-            return step(
-                carry,
-                tuple(map(loaded, part.arrays)),
-                part,
-                0,
-                jnp.arange(part.columns)[None, :] < part.filled_B[:, None],
-            )
+            return step(carry, *part.whole)
 
         if size < part.columns:
             carry = _over_blocks(step, carry, part, size)
@@ -228,13 +239,7 @@ def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part
             size = min(size, LOADED_BLOCK)
 
         def whole(part=part) -> Any:
-            return step(
-                None,
-                tuple(map(loaded, part.arrays)),
-                part,
-                0,
-                jnp.arange(part.columns)[None, :] < part.filled_B[:, None],
-            )
+            return step(None, *part.whole)
 
         def blocks(size: int, part=part) -> Any:
             return _over_blocks(step, nothing(part.columns), part, size)
@@ -260,8 +265,9 @@ def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
         first = jnp.minimum(i * size, part.columns - size)
         column = first + jnp.arange(size)
         counts = None if whole else (column >= i * size)[None, :] & (column[None, :] < part.filled_B[:, None])
-        block = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=3), part.arrays)
-        return step(carry, tuple(map(loaded, block)), part, first, counts)
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=3)
+        block, seen = jax.tree.map(cut, (part.arrays, part.seen))
+        return step(carry, tuple(map(loaded, block)), part, first, _and(counts, seen))
 
     n_whole, n = jnp.min(part.filled_B) // size, -(-jnp.max(part.filled_B) // size)  # filled in every row: no mask
     carry = jax.lax.fori_loop(0, n_whole, functools.partial(one, True), carry)
@@ -278,6 +284,7 @@ def _on_devices(
     pages: Sequence[tuple[Buffer, ...]],
     length_B: Array,
     deals: tuple[Deal, ...],
+    seen: Seen,
 ) -> Any:
     """`read` on every device of the mesh of `jax.set_mesh`, each with its rows, heads and slots; what it returns is
     split as the queries' rows and heads are.
@@ -285,24 +292,27 @@ def _on_devices(
     Raises:
         ValueError: a memory that was dealt to other devices than the mesh has.
     """
-    filled = [(page, deal) for page, deal in zip(pages, deals or (Deal(),) * len(pages)) if page[0].shape[3]]
-    pages, deals = [page for page, _ in filled], tuple(deal for _, deal in filled)
+    n = len(pages)
+    whole = zip(pages, deals or (Deal(),) * n, seen or (None,) * n, strict=True)
+    held = [page for page in whole if page[0][0].shape[3]]
+    read_of, deals = [(arrays, seen) for arrays, _, seen in held], tuple(deal for _, deal, _ in held)
     dealt, ways = {deal.ways for deal in deals}, sharding.ways("memory")
     if not dealt <= {1} and dealt != {ways}:
         raise ValueError(f"memory was dealt to {max(dealt)} devices; the mesh has {ways} for it: wanted the same")
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or not pages:
-        return read(q_BHTK, _parts(pages, length_B, deals, 0), ())
-    where = places(q_BHTK.shape[0], pages[0][0].shape[1])
+    if mesh.empty or mesh.size == 1 or not held:
+        return read(q_BHTK, _parts(read_of, length_B, deals, 0), ())
+    where = places(q_BHTK.shape[0], read_of[0][0][0].shape[1])
     axes = where.axes if dealt != {1} else ()
 
-    def body(q: Array, pages: Sequence[tuple[Buffer, ...]], length_B: Array) -> Any:
+    def body(q: Array, read_of: Any, length_B: Array) -> Any:
         device = jax.lax.axis_index(axes) if axes else 0
-        return read(q, _parts(pages, length_B, deals, device), axes)
+        return read(q, _parts(read_of, length_B, deals, device), axes)
 
-    slots = jax.tree.map(lambda _: where.slots if axes else where.heads, pages)
-    specs = where.heads, slots, where.rows
-    return jax.shard_map(body, in_specs=specs, out_specs=where.heads, check_vma=False)(q_BHTK, pages, length_B)
+    slots = [jax.tree.map(lambda _: where.slots if axes else where.heads, arrays) for arrays, _ in read_of]
+    masks = [jax.tree.map(lambda _: where.seen if axes else where.rows, seen) for _, seen in read_of]
+    specs = where.heads, list(zip(slots, masks, strict=True)), where.rows
+    return jax.shard_map(body, in_specs=specs, out_specs=where.heads, check_vma=False)(q_BHTK, read_of, length_B)
 
 
 def _merge_over(axes: tuple[str, ...], partial: attention.Partial) -> attention.Partial:
@@ -326,6 +336,7 @@ def dense(
     scale: float,
     score_bytes: int | None = None,
     deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
 ) -> attention.Partial:
     """Attention over all filled slots, streamed over pages, blocks of slots and blocks of queries.
 
@@ -339,6 +350,7 @@ def dense(
         scale: what scores are multiplied by.
         score_bytes: bytes of scores that a device holds at a time; None: see `Reading`.
         deals: how the slots of each page lie on the devices of the mesh; () where one holds them all.
+        seen: which slots of each page are read, bool [B, 1, 1, M] as they lie; None or () for all that are filled.
 
     Returns:
         The partial; zero and -inf for a row whose memory is empty.
@@ -347,7 +359,7 @@ def dense(
         ValueError: memory that was dealt to other devices than the mesh has.
     """
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
-    return _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals)
+    return _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals, seen)
 
 
 def _dense(
@@ -408,6 +420,7 @@ def topk(
     scale: float,
     score_bytes: int | None = None,
     deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
 ) -> tuple[attention.Partial, Array, Array]:
     """Attention of each query of each head over its k best filled slots by inner product, exactly (arXiv 2307.03170,
     section 3.1).
@@ -417,7 +430,7 @@ def topk(
     exist in forward mode only.
 
     Args:
-        q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes, deals: as for `dense`.
+        q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes, deals, seen: as for `dense`.
         k: slots to retrieve, at least 1; may exceed what is filled.
 
     Returns:
@@ -430,7 +443,9 @@ def topk(
     if not N:
         nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
         return (dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale), *nothing)
-    partial, slots, s = _on_devices(functools.partial(_topk, N, scale, score_bytes), q_BHTK, pages, length_B, deals)
+    partial, slots, s = _on_devices(
+        functools.partial(_topk, N, scale, score_bytes), q_BHTK, pages, length_B, deals, seen
+    )
     return partial, *_widened(k, slots, s)
 
 
@@ -566,11 +581,12 @@ def search(
     k: int,
     score_bytes: int | None = None,
     deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
 ) -> tuple[Array, Array]:
     """The k best slots of each query by inner product, exactly: what `topk` selects, without values.
 
     Args:
-        q_BHTK, k_BGKM, length_B, k, score_bytes, deals: as for `topk`.
+        q_BHTK, k_BGKM, length_B, k, score_bytes, deals, seen: as for `topk`.
 
     Returns:
         slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32, -inf there.
@@ -584,7 +600,7 @@ def search(
     shape = q_BHTK.shape[:3]
     if not N:
         return jnp.full((*shape, k), -1, jnp.int32), jnp.full((*shape, k), -jnp.inf)
-    slots, s = _on_devices(functools.partial(_search, N, score_bytes), q_BHTK, pages, length_B, deals)
+    slots, s = _on_devices(functools.partial(_search, N, score_bytes), q_BHTK, pages, length_B, deals, seen)
     return _widened(k, slots, s)
 
 

@@ -56,12 +56,14 @@ def vector_bytes(size: int, dtype: str) -> int:
     return size + 2 if dtype == "int8" else size * jnp.dtype(dtype).itemsize
 
 
-def stored(x_BGKT: Array, like: Buffer) -> Buffer:
+def stored(x_BGKT: Buffer, like: Buffer) -> Buffer:
     """Vectors in the format of a buffer. In int8 each is off by at most half its scale, a 252nd of its greatest
     number.
     """
     if not isinstance(like, Int8):
-        return x_BGKT.astype(like.dtype)
+        return loaded(x_BGKT).astype(like.dtype)
+    if isinstance(x_BGKT, Int8):
+        return x_BGKT
     x = x_BGKT.astype(jnp.float32)
     # Rounded to bfloat16 a scale is off by 1/256 at most; this much greater, no number rounds beyond 127.
     scale = jnp.max(jnp.abs(x), axis=2, keepdims=True) * ((1 + 2**-8) / 127)
