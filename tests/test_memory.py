@@ -10,6 +10,7 @@ import numpy as np
 import numpy_reference as reference
 import pytest
 
+import fot_jax
 from fot_jax import memory
 from fot_jax.config import DtypePolicy, ModelConfig
 from fot_jax.memory.stored import loaded
@@ -463,3 +464,28 @@ def test_caches_that_do_not_fit():
         memory.append(mem, [x, x], [x, x])
     with pytest.raises(ValueError, match="cache has 2 layers; wanted as many keys and values, found 1, 1"):
         memory.append(mem, [x], [x])
+
+
+def test_forecasts_are_what_is_allocated():
+    """Sizes of the 3B shape: 37.5 KiB a token; what fits, and one window more does not."""
+    config = fot_jax.named("longllama_3b")
+    params = 2 * 3_426_473_600
+    for options in ({}, {"rows": 3}, {"ways": 8}, {"tensor": 4, "ways": 2}):
+        found = memory.forecast(config, 16 * 2**30, params_bytes=params, **options)
+        assert found.token_bytes == 37.5 * 1024 and found.tokens % config.window == 0
+        rows, ways, tensor = (options.get(name, 1) for name in ("rows", "ways", "tensor"))
+        mem = jax.eval_shape(lambda rows=rows, n=found.tokens: memory.init_memory(config, rows, n))
+        local = jax.eval_shape(lambda rows=rows: memory.init_cache(config, rows, 26, 2048, "bfloat16"))
+        nbytes = lambda cache: sum(x.size * x.dtype.itemsize for x in (*cache.keys, *cache.values))
+        fixed = (params + nbytes(local)) // tensor + 9 * 2**24
+        assert found.fixed_bytes == fixed
+        held = fixed + nbytes(mem) / (ways * tensor)
+        assert held <= 16 * 2**30 < held + 2048 * found.device_token_bytes
+    assert memory.forecast(config, 2**30, params_bytes=params).tokens == 0
+    assert (
+        memory.forecast(config.replace(dtypes=DtypePolicy(memory="int8")), 2**34, params_bytes=0).token_bytes == 19584
+    )
+    with pytest.raises(ValueError, match="tensor is 3; wanted a divisor of n_kv_heads, 32"):
+        memory.forecast(config, 2**34, params_bytes=0, tensor=3)
+    with pytest.raises(ValueError, match="ways is 0; wanted at least 1"):
+        memory.forecast(config, 2**34, params_bytes=0, ways=0)

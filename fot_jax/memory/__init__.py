@@ -16,6 +16,7 @@ from fot_jax.memory.cache import (
     token_bytes,
 )
 from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, take
+from fot_jax.memory.forecast import Forecast, forecast
 from fot_jax.memory.reading import DENSE, Reading, dense, read, search, topk, topk_attention
 from fot_jax.memory.stored import Int8
 
@@ -23,6 +24,7 @@ __all__ = [
     "DENSE",
     "Cache",
     "Deal",
+    "Forecast",
     "Int8",
     "Pages",
     "Reading",
@@ -32,6 +34,7 @@ __all__ = [
     "constrain",
     "dense",
     "evict_oldest",
+    "forecast",
     "init_cache",
     "init_memory",
     "init_pages",
