@@ -38,6 +38,8 @@ EXTRAS = {
     # What GGUF files are read with. Pickled checkpoints (.bin, .pth) need PyTorch.
     "convert": ["gguf>=0.17,<1"],
     "dev": ["gguf>=0.17,<1", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
+    # What bench/topk.py is compared with.
+    "bench": ["faiss-cpu>=1.8", "torch==2.13.0"],
     # What the tests that compare with PyTorch's LLaMA need; without it those tests are skipped.
     "parity": ["accelerate>=1.0", "torch==2.13.0", "transformers>=5,<6"],
 }

@@ -34,7 +34,7 @@ from absl import logging
 from convert import plan as planning
 from convert import writers
 from fot_jax import checkpoint, files, formats
-from fot_jax.config import FLOAT_DTYPES, SIZES, named
+from fot_jax.config import FLOAT_DTYPES, MEMORY_DTYPES, SIZES, named
 from fot_jax.formats import easylm
 from fot_jax.host import one_line, row
 
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--to", choices=planning.TARGETS, required=True, help="format of the result")
     add("--dtype", choices=FLOAT_DTYPES, help="of all tensors (default: each keeps its own)")
     add("--memory-layers", type=_layers, metavar="L,L,...", help="layers that read memory, from 0; 'none' for none")
-    add("--memory-dtype", choices=FLOAT_DTYPES, help="what memory is kept in (default: the source's)")
+    add("--memory-dtype", choices=MEMORY_DTYPES, help="what memory is kept in (default: the source's)")
     add("--expand-kv-heads", action="store_true", help="repeat key and value heads, one for each query head")
     add("--size", choices=sorted(SIZES), metavar="NAME", help="the model's size, for EasyLM without configuration")
     add("--no-tokenizer", action="store_true", help="leave out the tokenizer's files")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fot_jax import config as config_lib
+from fot_jax import memory
 from fot_jax.config import FLOAT_DTYPES, ModelConfig
 from fot_jax.formats import hf
 from fot_jax.formats.layout import AXES, OURS, Entry, table
@@ -16,6 +17,7 @@ from fot_jax.formats.source import Source, Tensor, cast
 from fot_jax.host import row
 
 TARGETS = ("orbax", "hf", "hf-llama")
+DEVICE_GIB = (16, 80)  # of devices for which the plan says how much memory they have room for
 # Python, NumPy, JAX and Orbax loaded.
 _PROCESS_BYTES = 400 * 2**20
 
@@ -94,6 +96,12 @@ class Plan:
             sizes[piece.entry.path] = sizes.get(piece.entry.path, 0) + piece.source_nbytes
         return max(sizes.values())
 
+    def _largest_memory(self, device_bytes: int) -> int:
+        """Tokens of memory, of one row, that a device has room for beside the model."""
+        dtype = np.dtype(self.config.dtypes.compute)
+        params = sum(math.prod(piece.target.shape) for piece in self.pieces) * dtype.itemsize
+        return memory.forecast(self.config, device_bytes, params_bytes=params).tokens
+
     def summary(self) -> dict[str, Any]:
         """Everything worth knowing, for programs."""
 
@@ -116,6 +124,8 @@ class Plan:
             "result_bytes": by_dtype([(piece.dtype.name, piece.nbytes) for piece in self.pieces]),
             "disk_bytes": self.nbytes,
             "memory_bytes": self.memory_bytes,
+            "memory_token_bytes": memory.token_bytes(c),
+            "largest_memory_tokens": {str(n): self._largest_memory(n * 2**30) for n in DEVICE_GIB},
             "notes": list(self.notes),
         }
 
@@ -125,6 +135,10 @@ class Plan:
         sizes = lambda by: ", ".join(f"{name} {size(n)}" for name, n in by.items())
         layers = ", ".join(map(str, c.mem_layers)) or "none"
         grouped = f" ({c.n_kv_heads} for keys and values)" if c.n_kv_heads != c.n_heads else ""
+        tokens = " (left out: LLaMA has none)" if c.mem_layers else ""
+        if c.mem_layers and self.to != "hf-llama":
+            room = " or ".join(f"{s['largest_memory_tokens'][str(n)]:,} in {n}" for n in DEVICE_GIB)
+            tokens = f"; {s['memory_token_bytes'] / 1024:,.1f} KiB a token in {c.mem_dtype}, {room} GiB"
         rows = {
             "source": f"{s['source']} ({s['source_format']})",
             "result": {"orbax": "Orbax working directory", "hf": "Hugging Face LongLLaMA"}.get(
@@ -135,7 +149,9 @@ class Plan:
             f"{c.n_heads} heads{grouped} of {c.head_size}",
             "vocabulary": f"{c.vocab_size}{', head tied to the embedding' if c.tie_embeddings else ''}",
             "window": f"{c.window}, rotary base {c.rope_base:g}",
-            "memory layers": layers + (" (left out: LLaMA has none)" if self.to == "hf-llama" and c.mem_layers else ""),
+            "memory layers": layers
+            + tokens
+            + (" (left out: LLaMA has none)" if self.to == "hf-llama" and c.mem_layers else ""),
             "read": sizes(s["source_bytes"]),
             "written": sizes(s["result_bytes"]),
             "memory needed": size(s["memory_bytes"]),
@@ -232,6 +248,7 @@ def _joint(dtypes: set[np.dtype]) -> np.dtype:
 
 def _check_published(config: ModelConfig) -> None:
     """Refuses a model that the published LongLLaMA code does not know."""
+    config_lib.to_hf(config)
     if config.n_kv_heads != config.n_heads:
         raise ValueError(
             f"n_kv_heads is {config.n_kv_heads} for {config.n_heads} query heads; the published LongLLaMA code knows "

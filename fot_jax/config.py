@@ -11,6 +11,7 @@ import numbers
 from typing import Any
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+MEMORY_DTYPES = (*FLOAT_DTYPES, "int8")
 MAX_SIZE = 2**31 - 1  # what an int32 index can address
 _WHOLE = (
     "vocab_size",
@@ -32,7 +33,7 @@ class DtypePolicy:
     Attributes:
         params: dtype the parameters are stored in.
         compute: dtype of activations and of matrix products' operands.
-        memory: dtype keys and values are stored in once they entered memory.
+        memory: dtype keys and values are stored in once they entered memory; int8 is with a scale for each.
     """
 
     params: str = "float32"
@@ -41,8 +42,9 @@ class DtypePolicy:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if value not in FLOAT_DTYPES:
-                raise ValueError(f"dtypes.{name} is {value!r}; wanted one of {', '.join(FLOAT_DTYPES)}")
+            allowed = MEMORY_DTYPES if name == "memory" else FLOAT_DTYPES
+            if value not in allowed:
+                raise ValueError(f"dtypes.{name} is {value!r}; wanted one of {', '.join(allowed)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,7 +374,15 @@ def holds_padding(config: ModelConfig) -> bool:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The fields of a LongLLaMA `config.json`, every one that the published inference code reads among them."""
+    """The fields of a LongLLaMA `config.json`, every one that the published inference code reads among them.
+
+    Raises:
+        ValueError: memory in int8, which that code would cast to.
+    """
+    if config.mem_dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"memory dtype is {config.mem_dtype}; wanted one that LongLLaMA has, {', '.join(FLOAT_DTYPES)}"
+        )
     return {
         "architectures": ["LongLlamaForCausalLM"],
         "model_type": "longllama",

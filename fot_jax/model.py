@@ -375,6 +375,7 @@ def extend_window(
     count_B: Array | None = None,
     reading: memory.Reading = memory.DENSE,
     blocks: list[Params] | None = None,
+    watch: Callable[[int, Array], None] | None = None,
 ) -> tuple[Array, memory.Cache, tuple[Array, ...]]:
     """The model over tokens that follow what `local` holds of the open window, with `mem` before it.
 
@@ -386,6 +387,7 @@ def extend_window(
         count_B: int32, how many of the T tokens, from the first, each row takes. None: all.
         reading: how memory is read.
         blocks: `layers(config, params)`, taken apart before where a loop over tokens should not do it each time.
+        watch: called with the place of each memory layer among them, and the queries [B, H, T, K] it reads memory with.
 
     Returns:
         hidden [B, T, D] as from `forward`; `local` and `rotated` with the tokens in them.
@@ -403,7 +405,7 @@ def extend_window(
         return q, attention.attend(q, *before, now, scale=score_scale(config), slots_last=True)
 
     blocks = layers(config, params) if blocks is None else blocks
-    hidden_BTD, keys, values = _inference_layers(config, params, blocks, tokens_BT, attend, mem, reading)
+    hidden_BTD, keys, values = _inference_layers(config, params, blocks, tokens_BT, attend, mem, reading, watch)
     # Only this zero makes the append wait for the last read of the cache; without it, it is made in a copy.
     zero_B = jnp.minimum(jnp.argmax(hidden_BTD[:, 0], axis=-1), 0).astype(jnp.int32)
     local = dataclasses.replace(local, length_B=local.length_B + zero_B)
@@ -434,6 +436,7 @@ def _inference_layers(
     attend: Callable[..., tuple[Array, attention.Partial]],
     mem: memory.Cache | memory.Pages,
     reading: memory.Reading,
+    watch: Callable[[int, Array], None] | None = None,
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     """Embedding, layers and last norm: hidden [B, T, D]; un-rotated keys and values, [B, G, K, T] for each layer.
 
@@ -449,9 +452,11 @@ def _inference_layers(
 
         def with_memory(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array, number=number, m=m, turn=turn) -> Array:
             q, *partials = attend(number, turn, q_BHTK, k_BGTK, v_BGTK)
+            if m is not None and watch is not None:
+                watch(m, q)
             if m is not None and mem.capacity:
-                arrays = mem.keys[m], mem.values[m], mem.length_B
-                partials.append(memory.read(reading, q, *arrays, scale=score_scale(config)))
+                arrays, lies = (mem.keys[m], mem.values[m], mem.length_B), dict(deals=mem.deals, seen=mem.each_seen)
+                partials.append(memory.read(reading, q, *arrays, scale=score_scale(config), **lies))
             return attention.merge(*partials).o_BHTK.astype(q.dtype)
 
         x_BTD, new = Block(config).apply({"params": block}, x_BTD, with_memory)

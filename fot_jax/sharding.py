@@ -116,11 +116,25 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, wanted)
 
 
+def axes(logical: str) -> tuple[str, ...]:
+    """The axes of the mesh of `jax.set_mesh`, of more than one device, that split a logical axis."""
+    (found,) = spec(logical)
+    shape = jax.sharding.get_abstract_mesh().shape
+    return tuple(axis for axis in ((found,) if isinstance(found, str) else found or ()) if shape.get(axis, 1) > 1)
+
+
 def ways(logical: str) -> int:
     """How many ways the mesh of `jax.set_mesh` splits a logical axis; 1 without a mesh."""
-    (axes,) = spec(logical)
     shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    return math.prod(shape[axis] for axis in axes(logical))
+
+
+def platform() -> str:
+    """What kind of device programs are made for, "cpu", "gpu" or "tpu": that of the mesh of `jax.set_mesh`, which may
+    be one that is only compiled for, or else the process's own.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,8 +10,10 @@ import numpy as np
 import numpy_reference as reference
 import pytest
 
+import fot_jax
 from fot_jax import memory
 from fot_jax.config import DtypePolicy, ModelConfig
+from fot_jax.memory.stored import loaded
 
 CONFIG = ModelConfig(vocab_size=11, d_model=8, d_ff=8, n_layers=3, n_heads=4, n_kv_heads=2, window=4, mem_layers=(0, 2))
 SCALE = 0.5
@@ -342,6 +344,34 @@ def test_pages_have_room_for_a_window_and_double(rows, capacity, window):
 # Caches against lists of tokens.
 
 B, CAPACITY = 3, 13
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_int8_is_read_as_what_is_stored(T):
+    """Real numbers: slots and averages are those of a float64 search of what the buffer holds."""
+    rng = np.random.default_rng(T)
+    config = CONFIG.replace(head_size=16, mem_layers=(0,), dtypes=DtypePolicy(memory="int8"))
+    q, keys, values = arrays(rng, 2, T, 4, 2, 16, 9000, rng.standard_normal)
+    keys[0, :, 3], length_B = 0, np.array([9000, 5000], np.int32)  # a vector of zeros, too
+    mem = APPEND(memory.init_memory(config, 2, 9000), [cached(keys)], [cached(values)], length_B)
+    held = [np.swapaxes(np.asarray(loaded(x[0])), 2, 3) for x in (mem.keys, mem.values)]
+    for x, y in zip(held, (keys, values), strict=True):
+        assert np.all(np.abs(x - y)[0] <= np.abs(y)[0].max(-1, keepdims=True) / 251.9)
+    assert mem.nbytes == 2 * 2 * 2 * 9000 * (16 + 2) == 2 * 9000 * memory.token_bytes(config)
+    for score_bytes in (None, 2**16):
+        read = functools.partial(memory.topk, k=8, scale=SCALE, score_bytes=score_bytes)
+        partial, slots, scores = jax.jit(read)(q, mem.keys[0], mem.values[0], mem.length_B)
+        want_slots, want_scores, want_o, _ = brute_force(q, *held, length_B, 8, SCALE)
+        assert np.mean(slots == want_slots) > 0.99
+        np.testing.assert_allclose(scores, want_scores, atol=1e-5)
+        np.testing.assert_allclose(partial.o_BHTK, want_o, atol=2e-3)
+        assert np.mean(np.abs(partial.o_BHTK - want_o) < 2e-5) > 0.97
+        dense_read = functools.partial(memory.dense, scale=SCALE, score_bytes=score_bytes)
+        found = jax.jit(dense_read)(q, mem.keys[0], mem.values[0], mem.length_B)
+        seen = np.broadcast_to(np.arange(9000) < length_B[:, None, None], (2, T, 9000))
+        np.testing.assert_allclose(found.o_BHTK, reference.attention(q, *held, seen, SCALE)[0], atol=2e-5)
+
+
 APPEND = jax.jit(memory.append, donate_argnums=0)
 EVICT = jax.jit(memory.evict_oldest, donate_argnums=0)
 CLEAR = jax.jit(memory.clear)
@@ -434,3 +464,28 @@ def test_caches_that_do_not_fit():
         memory.append(mem, [x, x], [x, x])
     with pytest.raises(ValueError, match="cache has 2 layers; wanted as many keys and values, found 1, 1"):
         memory.append(mem, [x], [x])
+
+
+def test_forecasts_are_what_is_allocated():
+    """Sizes of the 3B shape: 37.5 KiB a token; what fits, and one window more does not."""
+    config = fot_jax.named("longllama_3b")
+    params = 2 * 3_426_473_600
+    for options in ({}, {"rows": 3}, {"ways": 8}, {"tensor": 4, "ways": 2}):
+        found = memory.forecast(config, 16 * 2**30, params_bytes=params, **options)
+        assert found.token_bytes == 37.5 * 1024 and found.tokens % config.window == 0
+        rows, ways, tensor = (options.get(name, 1) for name in ("rows", "ways", "tensor"))
+        mem = jax.eval_shape(lambda rows=rows, n=found.tokens: memory.init_memory(config, rows, n))
+        local = jax.eval_shape(lambda rows=rows: memory.init_cache(config, rows, 26, 2048, "bfloat16"))
+        nbytes = lambda cache: sum(x.size * x.dtype.itemsize for x in (*cache.keys, *cache.values))
+        fixed = (params + nbytes(local)) // tensor + 9 * 2**24
+        assert found.fixed_bytes == fixed
+        held = fixed + nbytes(mem) / (ways * tensor)
+        assert held <= 16 * 2**30 < held + 2048 * found.device_token_bytes
+    assert memory.forecast(config, 2**30, params_bytes=params).tokens == 0
+    assert (
+        memory.forecast(config.replace(dtypes=DtypePolicy(memory="int8")), 2**34, params_bytes=0).token_bytes == 19584
+    )
+    with pytest.raises(ValueError, match="tensor is 3; wanted a divisor of n_kv_heads, 32"):
+        memory.forecast(config, 2**34, params_bytes=0, tensor=3)
+    with pytest.raises(ValueError, match="ways is 0; wanted at least 1"):
+        memory.forecast(config, 2**34, params_bytes=0, ways=0)

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fot_jax
+from fot_jax import sharding
 
 SHIPPED = pathlib.Path(__file__).parent / "reference"
 BESIDE = pathlib.Path(__file__).parents[2] / "shared" / "reference"
@@ -43,7 +44,25 @@ def load(path: pathlib.Path):
 
 @pytest.mark.parametrize("path", cases("longllama"))
 def test_logits_and_greedy_tokens_of_the_published_inference_code(path):
+    check_inference(*load(path))
+
+
+@pytest.mark.parametrize("axes", [{"context": 8}, {"tensor": 2, "context": 4}], ids=["8 ways", "heads and 4 ways"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(*case.values, id=case.id, marks=() if case.id.startswith("shipped") else pytest.mark.slow)
+        for case in cases("longllama")
+    ],
+)
+def test_memory_may_be_dealt_to_eight_devices(devices, path, axes):
     config, params, reference = load(path)
+    mesh = sharding.make_mesh({"data": 1, **axes}, devices)
+    with jax.set_mesh(mesh):
+        check_inference(config, jax.device_put(params, sharding.replicated(mesh)), reference)
+
+
+def check_inference(config, params, reference):
     tokens_BT = reference["input_ids"].astype(np.int32)
     mask_BT = reference.get("attention_mask")
     positions = reference.get("positions", np.arange(tokens_BT.shape[1]))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import memory as memories
-from fot_jax import model
+from fot_jax import model, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.generate import sampling as samplings
 from fot_jax.generate.sampling import GREEDY, Sampling
@@ -95,7 +96,7 @@ def prefill_window(
     """
     hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
     out = model.logits(config, params, hidden) if with_logits else None
-    return remember(config, mem, keys, values, valid_BT), out
+    return memories.constrain(remember(config, mem, keys, values, valid_BT)), out
 
 
 # In place where nobody needs the memory before; differentiation does (see memory.dense for how far it goes).
@@ -139,7 +140,8 @@ def long_forward(
     reading = memories.Reading(memory, k)
     (B, T), W = tokens_BT.shape, config.window
     prefix = max(T - c, 0)
-    mem = placed_with(params, memories.init_memory(config, B, -(-prefix // W) * W))
+    capacity = math.lcm(W, sharding.ways("memory"))
+    mem = placed_with(params, memories.init_memory(config, B, -(-prefix // capacity) * capacity))
     out = []
     for start in range(0, prefix, W):
         columns = slice(start, min(start + W, prefix))
@@ -204,16 +206,18 @@ def new_reader(config: ModelConfig, rows: int, memory_capacity: int) -> Reader:
 
 
 def placed_with(params: Any, tree: Any) -> Any:
-    """Arrays on the devices that parameters were put on: programs would otherwise be compiled twice, for arrays that
-    may be moved and for those that a program returned.
+    """Arrays on the devices that parameters were put on, or dealt out on the mesh of `jax.set_mesh`: programs would
+    otherwise be compiled twice, for arrays that may be moved and for those that a program returned.
     """
+    if not jax.sharding.get_abstract_mesh().empty:
+        return memories.place(tree)
     leaf = jax.tree.leaves(params)[0]
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer) or not leaf.committed:
         return tree
-    sharding = leaf.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(tree, sharding, donate=True)
+    where = leaf.sharding
+    if isinstance(where, jax.sharding.NamedSharding):
+        where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+    return jax.device_put(tree, where, donate=True)
 
 
 def prefill(
@@ -374,7 +378,7 @@ def _extend(config, params, reader, tokens_BT, count_B, *, spill, reading) -> Re
     last_B1D = jnp.take_along_axis(hidden, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
     logits_BV = jnp.where(count_B[:, None] > 0, model.logits(config, params, last_B1D)[:, 0], reader.logits_BV)
     read_BT = jnp.arange(T)[None, :] < count_B[:, None]
-    return Reader(
+    reader = Reader(
         logits_BV=logits_BV,
         seen_BV=reader.seen_BV.at[jnp.arange(B)[:, None], tokens_BT].max(read_BT),
         ended_B=reader.ended_B & (count_B == 0),
@@ -382,6 +386,7 @@ def _extend(config, params, reader, tokens_BT, count_B, *, spill, reading) -> Re
         local=local,
         mem=mem,
     )
+    return memories.constrain(reader)
 
 
 def _spilled(window: int, spill: str) -> int:
@@ -502,7 +507,7 @@ def _decode(config, params, reader, values, key_B, max_new_tokens, *, size, step
     out_BN = jnp.full((reader.ended_B.shape[0], size), pad)
     start = jnp.int32(0), out_BN, reader, model.rotated_keys(config, reader.local)
     _, out_BN, reader, _ = jax.lax.while_loop(more, one, start)
-    return out_BN, reader
+    return memories.constrain((out_BN, reader))
 
 
 def generate(

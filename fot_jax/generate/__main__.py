@@ -29,7 +29,7 @@ import tqdm
 from fot_jax import files, formats
 from fot_jax import memory as memories
 from fot_jax.checkpoint import CheckpointError
-from fot_jax.config import FLOAT_DTYPES, ModelConfig
+from fot_jax.config import FLOAT_DTYPES, MEMORY_DTYPES, ModelConfig
 from fot_jax.generate import OUT_TOKENS, SPILLS, Reader, decode, extend, memory_tokens, prefill
 from fot_jax.generate.sampling import Sampling
 from fot_jax.generate.saved import check_model, check_saved, load_reader, save_reader
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--spill", choices=SPILLS, default="block", help="what leaves a full window")
     memory.add_argument("--memory", choices=("dense", "topk"), default="dense", help="how it is read")
     memory.add_argument("--k", type=_at_least(1), metavar="N", help="slots that a query retrieves with topk")
-    memory.add_argument("--memory-dtype", choices=FLOAT_DTYPES, help="the checkpoint's by default")
+    memory.add_argument("--memory-dtype", choices=MEMORY_DTYPES, help="the checkpoint's by default")
     memory.add_argument("--memory-bytes", type=_bytes, metavar="SIZE", help="bound of the memory's size, as in 2G")
     memory.add_argument("--score-bytes", type=_bytes, metavar="SIZE", help="bytes of scores over memory at a time")
     memory.add_argument("--save-memory", metavar="FILE", help="writes what was read, once the prompt is")

@@ -79,7 +79,8 @@ def save_reader(
         filled = int(tensors[f"{kind}.length_B"].max())
         for name in ("keys", "values"):
             for layer, array in enumerate(getattr(cache, name)):
-                tensors[f"{kind}.{name}.{layer}"] = _filled(array, filled)
+                for part in _PARTS if _is_int8(array) else ("",):
+                    tensors[f"{kind}.{name}.{layer}{part}"] = _filled(array, part, cache.deals, filled)
     metadata = {
         "format": FORMAT,
         "model": json.dumps(fingerprint(config, params)),
@@ -93,12 +94,23 @@ def save_reader(
         raise OSError(f"saved memory {path}: cannot be written ({error})") from error
 
 
-def _filled(array: jax.Array | tuple[jax.Array, ...], filled: int) -> np.ndarray:
-    """[B, G, K, filled] of an array or its pages."""
+# What the arrays of a buffer in int8 are called, after the buffer.
+_PARTS = {".numbers": "numbers", ".scale": "scale"}
+
+
+def _is_int8(buffer: Any) -> bool:
+    """Of a buffer or its pages."""
+    return isinstance(buffer[0] if isinstance(buffer, tuple) else buffer, memories.Int8)
+
+
+def _filled(buffer: Any, part: str, deals: tuple[memories.Deal, ...], filled: int) -> np.ndarray:
+    """[B, G, K, filled] of a buffer or its pages, or of a part of them, in the order of slots."""
     parts, start = [], 0
-    for page in array if isinstance(array, tuple) else (array,):
+    for page, deal in zip(buffer if isinstance(buffer, tuple) else (buffer,), deals, strict=True):
+        page = getattr(page, _PARTS[part]) if part else page
         if start < filled or not parts:
-            parts.append(np.asarray(page[..., : filled - start]))
+            whole = page if deal.ways == 1 else deal.in_order(np.asarray(page))
+            parts.append(np.asarray(whole[..., : filled - start]))
         start += page.shape[-1]
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 
@@ -219,13 +231,17 @@ def load_reader(
 def _put(cache: memories.Cache, tensors: dict[str, np.ndarray], kind: str, first: int = 0) -> memories.Cache:
     """A cache with the slots of a saved one from `first` on, as many as it has room for."""
 
-    def buffers(name: str) -> tuple[jax.Array, ...]:
+    def page(x: np.ndarray) -> jax.Array:
+        part = x[..., first : first + cache.capacity]
+        return jnp.asarray(cache.deal.as_dealt(np.pad(part, [(0, 0)] * 3 + [(0, cache.capacity - part.shape[3])])))
+
+    def buffers(name: str) -> tuple[Any, ...]:
         out = []
         for layer, empty in enumerate(getattr(cache, name)):
-            part = tensors[f"{kind}.{name}.{layer}"][..., first : first + cache.capacity]
-            out.append(jnp.asarray(np.pad(part, [(0, 0)] * 3 + [(0, cache.capacity - part.shape[3])]), empty.dtype))
+            read = lambda part, layer=layer: page(tensors[f"{kind}.{name}.{layer}{part}"])
+            out.append(memories.Int8(*map(read, _PARTS)) if _is_int8(empty) else read("").astype(empty.dtype))
         return tuple(out)
 
     # The window is full at most; without memory layers nothing is in memory.
     length_B = jnp.asarray(np.clip(tensors[f"{kind}.length_B"] - first, 0, cache.capacity), jnp.int32)
-    return memories.Cache(buffers("keys"), buffers("values"), length_B)
+    return memories.Cache(buffers("keys"), buffers("values"), length_B, cache.deal)

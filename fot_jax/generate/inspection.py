@@ -1,0 +1,87 @@
+"""Which tokens of memory a model's queries retrieve."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fot_jax import memory as memories
+from fot_jax import model
+from fot_jax.config import ModelConfig
+from fot_jax.generate import Reader, _check_room, _check_tokens, make_room
+
+Array = jax.Array
+
+
+class Retrieved(NamedTuple):
+    """What the queries of a memory layer retrieve, best first.
+
+    Attributes:
+        layer: the layer, counted from 0 among all.
+        slots_BHTN: int32, slots of memory, -1 where fewer than N are filled.
+        scores_BHTN: float32, inner products, unscaled; -inf there.
+        tokens_BHTN: int32, the tokens that the slots' keys were made of, -1 there; None where they are not known.
+    """
+
+    layer: int
+    slots_BHTN: np.ndarray
+    scores_BHTN: np.ndarray
+    tokens_BHTN: np.ndarray | None
+
+
+def retrieved(
+    config: ModelConfig,
+    params: Any,
+    reader: Reader,
+    tokens_BT: Any,
+    *,
+    k: int,
+    reading: memories.Reading = memories.DENSE,
+    read_BT: Any = None,
+) -> list[Retrieved]:
+    """The k slots of memory that score highest with each query of the next tokens, in every memory layer.
+
+    Args:
+        reader: what has been read; stays as it is.
+        tokens_BT: integers [B, T], the tokens that follow, as many as the open window has room for once it has spilled.
+        k: slots.
+        reading: how the layers read memory meanwhile; what later ones retrieve depends on it.
+        read_BT: integers [B, R], all tokens that each row has read, from the first, nothing evicted: then slot n of
+            memory holds token n.
+
+    Raises:
+        ValueError: tokens that do not fit; k below 1.
+    """
+    tokens_BT, _, _ = _check_tokens(config, tokens_BT, None, None)
+    memories.Reading("topk", k)
+    W, T = config.window, tokens_BT.shape[1]
+    open_B = np.asarray(reader.local.length_B) % W
+    if int(open_B.max()) + T > W:
+        raise ValueError(f"{T} tokens follow {int(open_B.max())} of the open window; wanted at most {W} together")
+    _check_room(config, reader, T)
+    out = []
+    found = _retrieve(config, params, reader, tokens_BT, k=k, reading=reading)
+    for layer, (slots, scores) in zip(config.mem_layers, found, strict=True):
+        slots, tokens = np.asarray(slots), None
+        if read_BT is not None:
+            flat = np.take_along_axis(np.asarray(read_BT), np.maximum(slots, 0).reshape(len(slots), -1), axis=1)
+            tokens = np.where(slots >= 0, flat.reshape(slots.shape), -1)
+        out.append(Retrieved(layer, slots, np.asarray(scores), tokens))
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("config", "k", "reading"))
+def _retrieve(config, params, reader, tokens_BT, *, k, reading) -> list[tuple[Array, Array]]:
+    local, mem = make_room(config, reader.local, reader.mem, "block", jnp.ones_like(reader.ended_B))
+    found: list[tuple[Array, Array]] = []
+
+    def watch(m: int, q_BHTK: Array) -> None:
+        lies = dict(deals=mem.deals, seen=mem.each_seen)
+        found.append(memories.search(q_BHTK, mem.keys[m], mem.length_B, k=k, **lies))
+
+    model.extend_window(config, params, tokens_BT, mem=mem, local=local, reading=reading, watch=watch)
+    return found

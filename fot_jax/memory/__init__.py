@@ -1,0 +1,52 @@
+"""Memory: caches of fixed capacity, and reading them, dense and by exact top-k."""
+
+from fot_jax.memory.cache import (
+    Cache,
+    Deal,
+    Pages,
+    append,
+    compact,
+    constrain,
+    init_cache,
+    init_memory,
+    init_pages,
+    place,
+    places,
+    power_of_two,
+    token_bytes,
+)
+from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, take
+from fot_jax.memory.forecast import Forecast, forecast
+from fot_jax.memory.reading import DENSE, Reading, dense, read, search, topk, topk_attention
+from fot_jax.memory.stored import Int8
+
+__all__ = [
+    "DENSE",
+    "Cache",
+    "Deal",
+    "Forecast",
+    "Int8",
+    "Pages",
+    "Reading",
+    "append",
+    "clear",
+    "compact",
+    "constrain",
+    "dense",
+    "evict_oldest",
+    "forecast",
+    "init_cache",
+    "init_memory",
+    "init_pages",
+    "merge",
+    "place",
+    "places",
+    "power_of_two",
+    "read",
+    "restrict",
+    "search",
+    "take",
+    "token_bytes",
+    "topk",
+    "topk_attention",
+]

@@ -1,0 +1,64 @@
+"""How much memory a device has room for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from fot_jax.config import ModelConfig
+from fot_jax.memory.cache import token_bytes
+
+READING_BYTES = 9 * 2**24  # what reading holds beside memory where it is given no budget; see `Reading`
+
+
+class Forecast(NamedTuple):
+    """What memory takes, and how much of it fits.
+
+    Attributes:
+        token_bytes: of a token's keys and values in all memory layers, on all devices together.
+        device_token_bytes: of a token of each row, on a device.
+        fixed_bytes: what a device holds besides: parameters, the open windows, scores.
+        tokens: the largest memory of each row, in whole windows; 0 where nothing fits.
+    """
+
+    token_bytes: int
+    device_token_bytes: float
+    fixed_bytes: int
+    tokens: int
+
+
+def forecast(
+    config: ModelConfig,
+    device_bytes: int,
+    *,
+    params_bytes: int,
+    rows: int = 1,
+    ways: int = 1,
+    tensor: int = 1,
+) -> Forecast:
+    """The largest memory that fits devices beside the model.
+
+    Args:
+        device_bytes: of one device.
+        params_bytes: of all parameters as they are computed with.
+        rows: B, of each of which there is a memory.
+        ways: devices that memory is dealt to (mesh axis context); each holds all parameters that `tensor` leaves it.
+        tensor: devices that heads and parameters are split over.
+
+    Raises:
+        ValueError: numbers below 1, or heads that `tensor` does not divide.
+    """
+    for name, value in dict(device_bytes=device_bytes, rows=rows, ways=ways, tensor=tensor).items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; wanted at least 1")
+    if config.n_kv_heads % tensor:
+        raise ValueError(f"tensor is {tensor}; wanted a divisor of n_kv_heads, {config.n_kv_heads}")
+    token = token_bytes(config)
+    on_device = token * rows / (ways * tensor)
+    compute = jnp.dtype(config.dtypes.compute).itemsize
+    window = 2 * config.n_layers * rows * config.window * config.n_kv_heads * config.head_size * compute // tensor
+    fixed = params_bytes // tensor + window + READING_BYTES
+    room = max(device_bytes - fixed, 0)
+    tokens = int(room / on_device) // config.window * config.window if token else 0
+    return Forecast(token, on_device, fixed, tokens)

@@ -1,0 +1,660 @@
+"""The two ways of reading memory: dense, and exact top-k; on one device or on several.
+
+On several, each scores the slots it holds. Dense partials merge to the softmax over all of them. For top-k each device
+offers its k best, scores and slot numbers alone are gathered, so that every device knows the k best of all, and each
+averages the values that it holds. Keys and values never move, and the slots are those that one device finds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fot_jax import attention, sharding
+from fot_jax.memory.cache import Deal, places, power_of_two
+from fot_jax.memory.stored import Buffer, Int8, loaded
+
+Array = jax.Array
+
+SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
+FEW_QUERIES, MOST_SLOTS = 16, 2**18  # queries and slots of a block that top-k is selected of
+LOADED_BLOCK = 4096  # slots that a single query has loaded from int8 at a time
+COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How memory is read. Hashable: a static argument.
+
+    Attributes:
+        kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
+        k: slots a query retrieves, for "topk".
+        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 144
+            MiB for "topk"); longer queries and memories are streamed in blocks.
+    """
+
+    kind: str = "dense"
+    k: int | None = None
+    score_bytes: int | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("dense", "topk"):
+            raise ValueError(f"memory reading is {self.kind!r}; wanted 'dense' or 'topk'")
+        if (self.kind == "topk") != (self.k is not None):
+            raise ValueError(f"memory reading {self.kind!r} with k={self.k}; wanted k for 'topk', and only there")
+        if self.k is not None and (not isinstance(self.k, (int, np.integer)) or self.k < 1):
+            raise ValueError(f"k is {self.k}; wanted at least 1")
+
+
+DENSE = Reading()
+
+
+def read(
+    reading: Reading,
+    q_BHTK: Array,
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    v_BGKM: Buffer | tuple[Buffer, ...],
+    length_B: Array,
+    *,
+    scale: float,
+    deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
+) -> attention.Partial:
+    """Attention over memory, an array or its pages, as a partial, to be merged with the local window's."""
+    arrays, options = (q_BHTK, k_BGKM, v_BGKM, length_B), dict(scale=scale, deals=deals, seen=seen)
+    if reading.k is None:
+        return dense(*arrays, score_bytes=reading.score_bytes, **options)
+    return topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, **options)[0]
+
+
+# For each page of a memory which slots are read, bool [B, 1, 1, M] as they lie on devices, or None for all.
+Seen = tuple[Array | None, ...]
+
+
+def _pages(x: Buffer | tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int | None = None) -> tuple[int, int]:
+    """Sizes of query and key blocks for which `rows` x queries x slots float32 scores stay within the budget.
+
+    Key blocks get no smaller than 256 slots, or matrix products would be; queries are split instead, down to one.
+    """
+    many = queries > 1
+    cpu = sharding.platform() == "cpu"
+    if k is not None and many:
+        # Selection is dear, and cheaper of one large block for a few queries than of many small ones. Scores are there
+        # twice, as products and as numbers to compare, and what is selected of them takes an eighth of that.
+        budget = (score_bytes or 9 * 2**24) // (9 * rows)
+        slot_block = min(slots, power_of_two(budget // min(queries, FEW_QUERIES) + 1) // 2, MOST_SLOTS)
+        if slot_block >= min(slots, 64 * SUB_BLOCK):
+            return min(queries, budget // slot_block), slot_block
+    if score_bytes is None:
+        # Of many queries a CPU's scores should stay in its cache; elsewhere large products and few steps count. A
+        # single query has fewer scores than its keys have bytes, and a block of keys would be copied to be read.
+        score_bytes = (2 if many and cpu else 256) * 2**20
+    budget = max(score_bytes // (4 * rows), 1)
+    slot_block = min(slots, max(budget // queries, 256), 2**15 if many else slots)  # no more: cost follows the fill
+    return max(1, min(queries, budget // slot_block)), slot_block
+
+
+def _over_query_blocks(read_block: Callable[..., Any], xs: Any, size: int) -> Any:
+    """`read_block` on blocks of `size` queries, one after another.
+
+    Args:
+        xs: an array [B, H, T, ...], or a tree of them.
+
+    Returns:
+        What the blocks give, joined along T, axis 2 of every array.
+    """
+    T = jax.tree.leaves(xs)[0].shape[2]
+    return _joined(_one_by_one(read_block, _in_blocks(xs, size)), T)
+
+
+def _in_blocks(xs: Any, size: int) -> Any:
+    """[n, B, H, size, ...] of arrays [B, H, T, ...], with zeros after the last."""
+
+    def split(x: Array) -> Array:
+        B, H, T, *rest = x.shape
+        n = -(-T // size)
+        padded = jnp.pad(x, [(0, 0), (0, 0), (0, n * size - T), *[(0, 0)] * len(rest)])
+        return jnp.moveaxis(padded.reshape(B, H, n, size, *rest), 2, 0)
+
+    return jax.tree.map(split, xs)
+
+
+def _joined(xs: Any, T: int) -> Any:
+    """[B, H, T, ...] of arrays [n, B, H, size, ...]: the other way."""
+
+    def join(x: Array) -> Array:
+        n, B, H, size, *rest = x.shape
+        return jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *rest)[:, :, :T]
+
+    return jax.tree.map(join, xs)
+
+
+def _one_by_one(f: Callable[[Any], Any], xs: Any) -> Any:
+    """`lax.map`, without a loop where there is one."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.map(f, xs)
+    return jax.tree.map(lambda x: x[None], f(jax.tree.map(lambda x: x[0], xs)))
+
+
+class _Part(NamedTuple):
+    """A page of memory, or what a device holds of one.
+
+    Attributes:
+        arrays: [B, G, K, n] each, read together, in the format of memory.
+        filled_B: int32, columns filled, from the first.
+        first: number of the page's first slot.
+        slots: of the whole page.
+        deal: how they lie on devices.
+        device: which this is.
+        seen: which columns are read, bool [B, 1, 1, n]; None for all.
+    """
+
+    arrays: tuple[Buffer, ...]
+    filled_B: Array
+    first: int
+    slots: int
+    deal: Deal
+    device: Array | int
+    seen: Array | None
+
+    @property
+    def columns(self) -> int:
+        """n, columns that the device holds."""
+        return self.arrays[0].shape[3]
+
+    def number(self, column: Array) -> Array:
+        """Numbers of the slots in columns."""
+        return self.first + self.deal.slot(self.device, column)
+
+    @property
+    def whole(self) -> tuple[tuple[Array, ...], _Part, int, Array]:
+        """All of it in one block, as a `_Step` takes it."""
+        counts = jnp.arange(self.columns)[None, :] < self.filled_B[:, None]
+        return tuple(map(loaded, self.arrays)), self, 0, _and(counts, self.seen)
+
+
+def _and(counts: Array | None, seen: Array | None) -> Array | None:
+    """Columns [B, n] that both say count; None for all."""
+    if seen is None:
+        return counts
+    return seen[:, 0, 0] if counts is None else counts & seen[:, 0, 0]
+
+
+def _parts(
+    pages: Sequence[tuple[tuple[Buffer, ...], Array | None]],
+    length_B: Array,
+    deals: Sequence[Deal],
+    device: Array | int,
+) -> list[_Part]:
+    """The parts of pages, of which `length_B` slots are filled in all together."""
+    out, first = [], 0
+    for (arrays, seen), deal in zip(pages, deals, strict=True):
+        slots = arrays[0].shape[3] * deal.ways
+        filled_B = deal.before(jnp.clip(length_B - first, 0, slots), device)
+        out.append(_Part(arrays, filled_B, first, slots, deal, device, seen))
+        first += slots
+    return out
+
+
+# Takes what came of the slots so far, or None where this is all; a block of every array of a part; the part; the first
+# of its columns; and which of the block's columns count, [B, size], or None where all do.
+_Step = Callable[[Any, tuple[Array, ...], _Part, Array | int, Array | None], Any]
+
+
+def _over_slots(step: _Step, carry: Any, parts: Sequence[_Part], size: int) -> Any:
+    """`carry` after `step` over all filled slots, in blocks of at most `size`: for many queries."""
+    for part in parts:
+
+        def whole(carry: Any, part=part) -> Any:
+            return step(carry, *part.whole)
+
+        if size < part.columns:
+            carry = _over_blocks(step, carry, part, size)
+        else:
+            carry = jax.lax.cond(jnp.max(part.filled_B) > 0, whole, lambda carry: carry, carry)
+    return carry
+
+
+def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part], size: int) -> list[Any]:
+    """What `step` makes of each part: for a single query, which reads a part where it lies unless little of it is
+    filled, or its numbers are loaded from another format.
+
+    Args:
+        nothing: what comes of an empty part of so many columns.
+    """
+    out = []
+    for part in parts:
+        fill = jnp.max(part.filled_B)
+        if any(isinstance(x, Int8) for x in part.arrays):
+            size = min(size, LOADED_BLOCK)
+
+        def whole(part=part) -> Any:
+            return step(None, *part.whole)
+
+        def blocks(size: int, part=part) -> Any:
+            return _over_blocks(step, nothing(part.columns), part, size)
+
+        empty = functools.partial(nothing, part.columns)
+        if size < part.columns:
+            out.append(blocks(size))
+        elif part.columns <= 2 * COPIED_BLOCK:
+            out.append(jax.lax.cond(fill > 0, whole, empty))
+        else:  # a block costs twice its bytes: it is copied before it is read
+            ways = [empty, functools.partial(blocks, COPIED_BLOCK), whole]
+            out.append(jax.lax.switch((fill > 0).astype(int) + (fill > part.columns // 2), ways))
+    return out
+
+
+def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
+    """`carry` after `step` over one part in blocks; those that no row fills are left out.
+
+    The last block is moved back to end with the part; columns it shares with the one before do not count twice.
+    """
+
+    def one(whole: bool, i: Array, carry: Any) -> Any:
+        first = jnp.minimum(i * size, part.columns - size)
+        column = first + jnp.arange(size)
+        counts = None if whole else (column >= i * size)[None, :] & (column[None, :] < part.filled_B[:, None])
+        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=3)
+        block, seen = jax.tree.map(cut, (part.arrays, part.seen))
+        return step(carry, tuple(map(loaded, block)), part, first, _and(counts, seen))
+
+    n_whole, n = jnp.min(part.filled_B) // size, -(-jnp.max(part.filled_B) // size)  # filled in every row: no mask
+    carry = jax.lax.fori_loop(0, n_whole, functools.partial(one, True), carry)
+    return jax.lax.fori_loop(n_whole, n, functools.partial(one, False), carry)
+
+
+# Reads what one device holds: (queries, parts of every page, mesh axes that memory is dealt over) -> arrays.
+_Read = Callable[[Array, list[_Part], tuple[str, ...]], Any]
+
+
+def _on_devices(
+    read: _Read,
+    q_BHTK: Array,
+    pages: Sequence[tuple[Buffer, ...]],
+    length_B: Array,
+    deals: tuple[Deal, ...],
+    seen: Seen,
+) -> Any:
+    """`read` on every device of the mesh of `jax.set_mesh`, each with its rows, heads and slots; what it returns is
+    split as the queries' rows and heads are.
+
+    Raises:
+        ValueError: a memory that was dealt to other devices than the mesh has.
+    """
+    n = len(pages)
+    whole = zip(pages, deals or (Deal(),) * n, seen or (None,) * n, strict=True)
+    held = [page for page in whole if page[0][0].shape[3]]
+    read_of, deals = [(arrays, seen) for arrays, _, seen in held], tuple(deal for _, deal, _ in held)
+    dealt, ways = {deal.ways for deal in deals}, sharding.ways("memory")
+    if not dealt <= {1} and dealt != {ways}:
+        raise ValueError(f"memory was dealt to {max(dealt)} devices; the mesh has {ways} for it: wanted the same")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or not held:
+        return read(q_BHTK, _parts(read_of, length_B, deals, 0), ())
+    where = places(q_BHTK.shape[0], read_of[0][0][0].shape[1])
+    axes = where.axes if dealt != {1} else ()
+
+    def body(q: Array, read_of: Any, length_B: Array) -> Any:
+        device = jax.lax.axis_index(axes) if axes else 0
+        return read(q, _parts(read_of, length_B, deals, device), axes)
+
+    slots = [jax.tree.map(lambda _: where.slots if axes else where.heads, arrays) for arrays, _ in read_of]
+    masks = [jax.tree.map(lambda _: where.seen if axes else where.rows, seen) for _, seen in read_of]
+    specs = where.heads, list(zip(slots, masks, strict=True)), where.rows
+    return jax.shard_map(body, in_specs=specs, out_specs=where.heads, check_vma=False)(q_BHTK, read_of, length_B)
+
+
+def _merge_over(axes: tuple[str, ...], partial: attention.Partial) -> attention.Partial:
+    """The partial over what all devices hold, from each one's own."""
+    if not axes:
+        return partial
+    top = jax.lax.pmax(partial.lse_BHT, axes)
+    weight = jnp.exp(partial.lse_BHT - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jax.lax.psum(weight, axes)
+    safe = jnp.where(total == 0.0, 1.0, total)
+    o = jax.lax.psum(weight[..., None] * partial.o_BHTK, axes) / safe[..., None]
+    return attention.Partial(o, jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe)))
+
+
+def dense(
+    q_BHTK: Array,
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    v_BGKM: Buffer | tuple[Buffer, ...],
+    length_B: Array,
+    *,
+    scale: float,
+    score_bytes: int | None = None,
+    deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
+) -> attention.Partial:
+    """Attention over all filled slots, streamed over pages, blocks of slots and blocks of queries.
+
+    Pages and blocks that no row fills are not read. Derivatives in reverse mode exist where memory is one block and
+    queries are several; forward mode always works.
+
+    Args:
+        q_BHTK: queries, rotated by their position in the window.
+        k_BGKM, v_BGKM: memory, an array or its pages, any dtype; finite numbers beyond the fill too, as caches have.
+        length_B: int32, filled slots of each row.
+        scale: what scores are multiplied by.
+        score_bytes: bytes of scores that a device holds at a time; None: see `Reading`.
+        deals: how the slots of each page lie on the devices of the mesh; () where one holds them all.
+        seen: which slots of each page are read, bool [B, 1, 1, M] as they lie; None or () for all that are filled.
+
+    Returns:
+        The partial; zero and -inf for a row whose memory is empty.
+
+    Raises:
+        ValueError: memory that was dealt to other devices than the mesh has.
+    """
+    pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
+    return _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals, seen)
+
+
+def _dense(
+    scale: float, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+) -> attention.Partial:
+    B, H, T, _ = q_BHTK.shape
+    query_block, slot_block = _blocks(T, max([1, *(part.columns for part in parts)]), B * H, score_bytes)
+
+    def step(so_far: attention.Partial | None, arrays: tuple, part: _Part, first: Any, counts: Any, q: Array) -> Any:
+        visible = None if counts is None else counts[:, None, :]
+        partial = attention.attend(q, *arrays, visible, scale=scale, slots_last=True)
+        return partial if so_far is None else attention.merge(so_far, partial)
+
+    def read_block(q: Array) -> attention.Partial:
+        one = functools.partial(step, q=q)
+        nothing = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+        if T == 1 and parts:
+            partial = attention.merge(*_each_part(one, lambda columns: nothing, parts, slot_block))
+        else:
+            partial = _over_slots(one, nothing, parts, slot_block)
+        return _merge_over(axes, partial)
+
+    return _over_query_blocks(read_block, q_BHTK, query_block)
+
+
+def _top_k(s: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of the last axis, in two dimensions: of more, a CPU makes a full sort, twenty times slower."""
+    values, index = jax.lax.top_k(s.reshape(-1, s.shape[-1]), k)
+    return values.reshape(*s.shape[:-1], k), index.reshape(*s.shape[:-1], k)
+
+
+def _best(s: Array, k: int) -> tuple[Array, Array]:
+    """`lax.top_k` of the last axis by block maxima: the same values and indices, ties to the lowest index.
+
+    The k best lie within the k sub-blocks of greatest maxima: any other sub-block has k elements before it that are
+    greater, or equal and of lower index. The chosen sub-blocks are put in order before the second selection, or a
+    tie would go to whichever sub-block has the greater maximum.
+    """
+    S = s.shape[-1]
+    n = -(-S // SUB_BLOCK)
+    if n <= 2 * k:
+        return _top_k(s, k)
+    padded = jnp.pad(s, [(0, 0)] * (s.ndim - 1) + [(0, n * SUB_BLOCK - S)], constant_values=-jnp.inf)
+    by_block = padded.reshape(*s.shape[:-1], n, SUB_BLOCK)
+    chosen = jnp.sort(_top_k(jnp.max(by_block, axis=-1), k)[1], axis=-1)
+    candidates = jnp.take_along_axis(by_block, chosen[..., None], axis=-2)
+    values, index = _top_k(candidates.reshape(*s.shape[:-1], k * SUB_BLOCK), k)
+    return values, jnp.take_along_axis(chosen, index // SUB_BLOCK, axis=-1) * SUB_BLOCK + index % SUB_BLOCK
+
+
+def topk(
+    q_BHTK: Array,
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    v_BGKM: Buffer | tuple[Buffer, ...],
+    length_B: Array,
+    *,
+    k: int,
+    scale: float,
+    score_bytes: int | None = None,
+    deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
+) -> tuple[attention.Partial, Array, Array]:
+    """Attention of each query of each head over its k best filled slots by inner product, exactly (arXiv 2307.03170,
+    section 3.1).
+
+    Pages and blocks of slots are scored one after another, with the k best so far carried along, so that no more scores
+    than `score_bytes` are held. Selection is by the unscaled inner product, ties go to the lowest slot. Derivatives
+    exist in forward mode only.
+
+    Args:
+        q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes, deals, seen: as for `dense`.
+        k: slots to retrieve, at least 1; may exceed what is filled.
+
+    Returns:
+        The partial; slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32,
+        unscaled, -inf there.
+    """
+    B, H, T, _ = q_BHTK.shape
+    pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
+    N = min(k, sum(keys.shape[3] for keys, _ in pages))
+    if not N:
+        nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
+        return (dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale), *nothing)
+    partial, slots, s = _on_devices(
+        functools.partial(_topk, N, scale, score_bytes), q_BHTK, pages, length_B, deals, seen
+    )
+    return partial, *_widened(k, slots, s)
+
+
+def _search(
+    N: int, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+) -> tuple[Array, Array]:
+    """Slots and scores [B, H, T, N], on every device the same."""
+    B, H, T, _ = q_BHTK.shape
+    G, largest = parts[0].arrays[0].shape[1], max(part.columns for part in parts)
+    query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
+    keys = [part._replace(arrays=part.arrays[:1]) for part in parts]
+    q_nBGQK = jax.vmap(functools.partial(attention.grouped, n_kv_heads=G))(_in_blocks(q_BHTK, query_block))
+    if T == 1 and slot_block == largest:
+        s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, slot_block))
+    else:
+        s, slots = _select(q_nBGQK, keys, N, slot_block)
+
+    def of_all(found: tuple[Array, Array]) -> tuple[Array, Array]:
+        s, slots = _best_of_all(*found, N, axes) if axes else found
+        heads = lambda x: x.reshape(B, H, query_block, N)
+        return heads(jnp.where(s > -jnp.inf, slots, -1)), heads(s)
+
+    return _joined(_one_by_one(of_all, (s, slots)), T)
+
+
+def _scores(q_BGQK: Array, keys: Array, counts: Array | None, others: Array | float) -> Array:
+    """Scores, with `others` where slots do not count."""
+    s = attention.scores(q_BGQK, keys, slots_last=True)
+    s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
+    return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
+
+
+def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tuple[Array, Array]:
+    """The best slots of those that a device holds: scores, greatest first, -inf beyond what is filled, and numbers; N
+    of them, or as many as it holds, [n, B, G, Q, N]. A block of keys is loaded once for all blocks of queries.
+    """
+    N = min(N, sum(part.columns for part in parts))
+
+    def select(so_far: Any, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Any:
+        def one(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            q_BGQK, *so_far = block
+            s = _scores(q_BGQK, arrays[0], counts, -jnp.inf)
+            best, index = _best(s, min(N, s.shape[-1]))
+            # So far comes first: among equals the earlier, lower slot wins.
+            new = best, part.number(first + index)
+            s, slots = (jnp.concatenate(both, axis=-1) for both in zip(so_far, new, strict=True))
+            top, chosen = _top_k(s, N)
+            return top, jnp.take_along_axis(slots, chosen, axis=-1)
+
+        return _one_by_one(one, (q_nBGQK, *so_far))
+
+    shape = (*q_nBGQK.shape[:-1], N)
+    return _over_slots(select, (jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)), parts, slot_block)
+
+
+def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tuple[Array, Array]:
+    """The same, [B, G, Q, N], of a query whose scores are so few that all are made before the selection."""
+
+    def write(part_s: Array | None, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Array:
+        if part_s is None:
+            return _scores(q_BGQK, arrays[0], counts, -jnp.inf)
+        old = jax.lax.dynamic_slice_in_dim(part_s, first, arrays[0].shape[3], axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(part_s, _scores(q_BGQK, arrays[0], counts, old), first, axis=3)
+
+    nothing = lambda columns: jnp.full((*q_BGQK.shape[:3], columns), -jnp.inf)
+    each_s = _each_part(write, nothing, parts, slot_block)
+    s, index = _best(jnp.concatenate(each_s, axis=3), min(N, sum(part.columns for part in parts)))
+    slots, start = parts[0].number(index), parts[0].columns
+    for part in parts[1:]:
+        slots = jnp.where(index >= start, part.number(index - start), slots)
+        start += part.columns
+    return s, slots
+
+
+def _topk(
+    N: int, scale: float, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+) -> tuple[attention.Partial, Array, Array]:
+    B, H, T, K = q_BHTK.shape
+    G = parts[0].arrays[0].shape[1]
+    found = _search(N, score_bytes, q_BHTK, parts, axes)
+    # Retrieved values are [B, H, T, N, K] before they are averaged: they have a budget too.
+    query_block = max(1, min(T, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
+    dtype = jnp.promote_types(q_BHTK.dtype, parts[0].arrays[1].dtype)
+    turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), part.arrays[1]) for part in parts]
+
+    def average(found: tuple[Array, Array]) -> attention.Partial:
+        slots, s = (x.reshape(B, G, -1, N) for x in found)
+        top = jnp.max(s * scale, axis=-1, keepdims=True)
+        p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
+        total = jnp.sum(p, axis=-1, keepdims=True)
+        safe = jnp.where(total == 0.0, 1.0, total)
+        weights = jnp.where(slots >= 0, p / safe, 0.0)
+        o = jnp.zeros((*s.shape[:3], K), jnp.float32)
+        for part, v_BGPK in zip(parts, turned, strict=True):
+            slot = slots - part.first
+            here = (slot >= 0) & (slot < part.slots)
+            if part.deal.ways > 1:
+                here &= part.deal.device(slot) == part.device
+
+            def add(o: Array, part=part, v_BGPK=v_BGPK, here=here, slot=slot) -> Array:
+                index = jnp.where(here, part.deal.column(slot), 0)
+                each = lambda take, v: loaded(jax.tree.map(lambda x: jax.vmap(jax.vmap(take))(x, index), v))
+                if index.shape[2] * N < part.columns:  # a few columns of values
+                    v_BGQNK = jnp.moveaxis(each(lambda v_KM, index_QN: v_KM[:, index_QN], part.arrays[1]), 2, 4)
+                else:  # so many that the values are turned round first, once for all blocks of queries
+                    v_BGQNK = each(lambda v_MK, index_QN: v_MK[index_QN], v_BGPK)
+                mine = jnp.where(here, weights, 0.0).astype(dtype)
+                sums = dict(preferred_element_type=jnp.float32)
+                return o + jnp.einsum("bgqn,bgqnk->bgqk", mine, v_BGQNK.astype(dtype), **sums)
+
+            o = jax.lax.cond(jnp.any(here), add, lambda o: o, o)
+        if axes:
+            o = jax.lax.psum(o, axes)
+        lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
+        heads = lambda x: x.reshape(B, H, -1, *x.shape[3:])
+        return attention.Partial(heads(o), heads(lse[..., 0]))
+
+    return _over_query_blocks(average, found, query_block), *found
+
+
+def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
+    """The N best of what every device found, on all of them: greatest first, ties to the lowest slot."""
+    s, slots = (jax.lax.all_gather(x, axes, axis=3, tiled=True) for x in (s, slots))
+    falling, slots = jax.lax.sort((-s, slots), dimension=3, num_keys=2)
+    return -falling[..., :N], slots[..., :N]
+
+
+def search(
+    q_BHTK: Array,
+    k_BGKM: Buffer | tuple[Buffer, ...],
+    length_B: Array,
+    *,
+    k: int,
+    score_bytes: int | None = None,
+    deals: tuple[Deal, ...] = (),
+    seen: Seen = (),
+) -> tuple[Array, Array]:
+    """The k best slots of each query by inner product, exactly: what `topk` selects, without values.
+
+    Args:
+        q_BHTK, k_BGKM, length_B, k, score_bytes, deals, seen: as for `topk`.
+
+    Returns:
+        slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32, -inf there.
+
+    Raises:
+        ValueError: k below 1.
+    """
+    Reading("topk", k)
+    pages = [(keys,) for keys in _pages(k_BGKM)]
+    N = min(k, sum(keys.shape[3] for (keys,) in pages))
+    shape = q_BHTK.shape[:3]
+    if not N:
+        return jnp.full((*shape, k), -1, jnp.int32), jnp.full((*shape, k), -jnp.inf)
+    slots, s = _on_devices(functools.partial(_search, N, score_bytes), q_BHTK, pages, length_B, deals, seen)
+    return _widened(k, slots, s)
+
+
+def _widened(k: int, slots: Array, s: Array) -> tuple[Array, Array]:
+    """Slots and scores of fewer than k, with none in the places left."""
+    pad = [(0, 0)] * 3 + [(0, k - s.shape[-1])]
+    return jnp.pad(slots, pad, constant_values=-1), jnp.pad(s, pad, constant_values=-jnp.inf)
+
+
+def topk_attention(
+    q_BTHK: Array,
+    k_BMGK: Array,
+    v_BMGK: Array,
+    length_B: Array,
+    *,
+    k: int,
+    scale: float | None = None,
+    score_bytes: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """Exact top-k attention over a memory, for use by itself; token-major arrays.
+
+    Args:
+        q_BTHK: queries; head h reads key/value head h // (H / G).
+        k_BMGK, v_BMGK: keys and values.
+        length_B: int32, the first length_B[b] slots of row b are filled.
+        k: slots to retrieve, at least 1; may exceed what is filled.
+        scale: what inner products are multiplied by in the softmax; K ** -0.5 by default. Selection is by the inner
+            products themselves; ties go to the lowest slot, as in `jax.lax.top_k`.
+        score_bytes: bytes of scores held at a time (None: see `Reading`); beyond, queries and slots are streamed in
+            blocks.
+
+    Returns:
+        o_BTHK float32, softmax average of the retrieved values, zero where nothing is filled;
+        lse_BTH float32, log of the sum of exponentials of their scaled scores, -inf there;
+        slots_BTHN int32, N = k, best first, -1 beyond what is filled.
+
+    Raises:
+        ValueError: k below 1, or shapes that do not fit.
+    """
+    Reading("topk", k)
+    B, M, G, K = k_BMGK.shape
+    if v_BMGK.shape[:3] != (B, M, G) or q_BTHK.shape[0] != B or q_BTHK.shape[3] != K or q_BTHK.shape[2] % G:
+        raise ValueError(
+            f"queries {q_BTHK.shape}, keys {k_BMGK.shape} and values {v_BMGK.shape} do not fit: wanted "
+            "[B, T, H, K] and twice [B, M, G, K] with H a multiple of G"
+        )
+    if length_B.shape != (B,):
+        raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")
+    q_BTHK, k_BMGK, v_BMGK = (
+        x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, jnp.float32) for x in (q_BTHK, k_BMGK, v_BMGK)
+    )
+    major = lambda x: jnp.swapaxes(x, 1, 2)
+    cached = lambda x_BMGK: jnp.transpose(x_BMGK, (0, 2, 3, 1))
+    scale = K**-0.5 if scale is None else scale
+    arrays = major(q_BTHK), cached(k_BMGK), cached(v_BMGK), length_B
+    partial, slots, _ = topk(*arrays, k=k, scale=scale, score_bytes=score_bytes)
+    return major(partial.o_BHTK), major(partial.lse_BHT), major(slots)

@@ -1,0 +1,78 @@
+"""Number formats of memory: floating point, or int8 with a scale for each key and each value."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["numbers", "scale"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Int8:
+    """Vectors as whole numbers times a scale of each; what a buffer of keys or values is in that format.
+
+    Attributes:
+        numbers: int8 [B, G, K, M], -127 to 127.
+        scale: bfloat16 [B, G, 1, M].
+    """
+
+    numbers: Array
+    scale: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B, G, K, M]."""
+        return self.numbers.shape
+
+    @property
+    def dtype(self) -> Any:
+        """What `loaded` gives."""
+        return jnp.dtype(jnp.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of numbers and scales."""
+        return self.numbers.nbytes + self.scale.nbytes
+
+
+Buffer = Array | Int8
+
+
+def empty(shape: tuple[int, ...], dtype: str) -> Buffer:
+    """A buffer [B, G, K, M] of zeros."""
+    if dtype != "int8":
+        return jnp.zeros(shape, dtype)
+    return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:2], 1, shape[3]), jnp.bfloat16))
+
+
+def vector_bytes(size: int, dtype: str) -> int:
+    """Bytes that a vector of so many dimensions takes."""
+    return size + 2 if dtype == "int8" else size * jnp.dtype(dtype).itemsize
+
+
+def stored(x_BGKT: Buffer, like: Buffer) -> Buffer:
+    """Vectors in the format of a buffer. In int8 each is off by at most half its scale, a 252nd of its greatest
+    number.
+    """
+    if not isinstance(like, Int8):
+        return loaded(x_BGKT).astype(like.dtype)
+    if isinstance(x_BGKT, Int8):
+        return x_BGKT
+    x = x_BGKT.astype(jnp.float32)
+    # Rounded to bfloat16 a scale is off by 1/256 at most; this much greater, no number rounds beyond 127.
+    scale = jnp.max(jnp.abs(x), axis=2, keepdims=True) * ((1 + 2**-8) / 127)
+    # Cast there and back the compiler would divide by the scale that was not rounded.
+    scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
+    numbers = jnp.round(x / jnp.where(scale == 0, 1.0, scale))
+    return Int8(numbers.astype(jnp.int8), scale.astype(jnp.bfloat16))
+
+
+def loaded(x: Buffer) -> Array:
+    """The vectors: of int8 float32, exactly what is stored; of other formats the buffer itself."""
+    return x.numbers.astype(jnp.float32) * x.scale.astype(jnp.float32) if isinstance(x, Int8) else x
