@@ -149,9 +149,7 @@ class Plan:
             f"{c.n_heads} heads{grouped} of {c.head_size}",
             "vocabulary": f"{c.vocab_size}{', head tied to the embedding' if c.tie_embeddings else ''}",
             "window": f"{c.window}, rotary base {c.rope_base:g}",
-            "memory layers": layers
-            + tokens
-            + (" (left out: LLaMA has none)" if self.to == "hf-llama" and c.mem_layers else ""),
+            "memory layers": layers + tokens,
             "read": sizes(s["source_bytes"]),
             "written": sizes(s["result_bytes"]),
             "memory needed": size(s["memory_bytes"]),
