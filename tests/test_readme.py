@@ -8,11 +8,26 @@ import jax
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
-def test_the_library_tour_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
+def run(number):
+    """Names after a block of Python of the README, of which there are two."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 2
     names: dict = {}
-    exec(compile(code, str(README), "exec"), names)
+    exec(compile(blocks[number], str(README), "exec"), names)
+    return names
+
+
+def test_memory_on_several_devices_runs(devices):
+    names = run(1)
+    found, reader = names["found"], names["reader"]
+    assert reader.mem.deals[0].ways == len(jax.devices())
+    assert found.layer == 8 and found.slots_BHTN.shape == (1, 8, 1, 8) and (found.slots_BHTN >= 0).all()
+    assert (found.tokens_BHTN == names["tokens_BT"][0][found.slots_BHTN]).all()
+
+
+def test_the_library_tour_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run(0)
     config = names["config"]
     assert names["logits_BTV"].shape == (2, 300, config.vocab_size) and names["tokens_BN"].shape == (2, 40)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(names["params"])} == {"bfloat16"}
