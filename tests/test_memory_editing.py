@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -15,6 +16,7 @@ from test_memory_sharded import draw, held, model_config
 from fot_jax import memory, sharding
 from fot_jax.generate import prefill
 from fot_jax.generate.inspection import retrieved
+from fot_jax.generate.saved import load_reader, save_reader
 from fot_jax.memory.stored import loaded
 
 SHAPE = 2, 3, 4, 2, 4, 64  # B, T, H, G, K, M
@@ -115,6 +117,58 @@ def test_what_is_evicted_takes_its_mask_along(devices, ways):
 
 
 @pytest.mark.parametrize("ways", [1, 4])
+def test_pages_are_edited_as_one_memory(devices, ways):
+    config = model_config(2, 4, 4, window=16)
+    _, keys, values = integers(6)
+    length_B, seen_BM = np.array([60, 21], np.int32), np.random.default_rng(7).random((2, 64)) < 0.5
+    order = lambda mem: np.concatenate([contents(page) for page in mem.pages], axis=2)
+    with mesh(devices, ways):
+        pages = memory.Pages(tuple(memory.place(memory.init_memory(config, 2, n)) for n in (16, 16, 32)))
+        merged = jax.jit(memory.merge)(pages, held(config, keys, values, length_B))
+        np.testing.assert_array_equal(merged.length_B, length_B)
+        found = order(merged)
+        after = jax.jit(memory.evict_oldest)(memory.restrict(merged, seen_BM), np.array([5, -2], np.int32))
+        np.testing.assert_array_equal(after.length_B, [55, 21])
+        evicted, seen = order(after), np.asarray(memory.seen_slots(after))
+        np.testing.assert_array_equal(jax.jit(memory.clear)(merged, np.array([True, False])).length_B, [0, 21])
+        with pytest.raises(ValueError, match="the other memory is restricted to some slots"):
+            memory.merge(merged, after)
+        outside, _ = jax.jit(memory.take, static_argnums=2)(merged, np.array([-2, 62], np.int32), 4)
+    for b, n in enumerate(length_B):
+        np.testing.assert_array_equal(found[b, :, :n], keys[b, :, :n])
+    np.testing.assert_array_equal(evicted[0, :, :55], keys[0, :, 5:60])
+    np.testing.assert_array_equal(evicted[1, :, :21], keys[1, :, :21])
+    np.testing.assert_array_equal(seen[0], np.append(seen_BM[0, 5:], [True] * 5))
+    np.testing.assert_array_equal(seen[1], seen_BM[1])
+    outside = np.swapaxes(outside[0], 2, 3)
+    assert not outside[0, :, :2].any() and not outside[1, :, 2:].any()
+    np.testing.assert_array_equal(outside[0, :, 2:], keys[0, :, :2])
+
+
+def test_a_memory_of_other_devices_is_not_written(devices):
+    with mesh(devices, 8):
+        mem = memory.init_memory(model_config(1, 1, 2), 1, 64)
+    x = [np.ones((1, 1, 2, 4), np.float32)]
+    with mesh(devices, 4), pytest.raises(ValueError, match="memory was dealt to 8 devices; the mesh has 4 for it"):
+        memory.append(mem, x, x)
+    with pytest.raises(ValueError, match="memory was dealt to 8 devices; the mesh has 1 for it"):
+        memory.append(mem, x, x)
+
+
+def test_a_mask_is_saved(tmp_path):
+    config = model_config(2, 4, 4).replace(last_context_length=3)
+    params, tokens_BT = reference.random_params(config), np.ones((2, 30), np.int32)
+    reader = prefill(config, params, tokens_BT)
+    seen_BM = np.random.default_rng(0).random((2, reader.mem.capacity)) < 0.5
+    reader = dataclasses.replace(reader, mem=memory.restrict(reader.mem, seen_BM))
+    save_reader(tmp_path / "read", config, params, reader)
+    found = np.asarray(memory.seen_slots(load_reader(tmp_path / "read", config, params, memory_capacity=64).mem))
+    n = min(64, seen_BM.shape[1])
+    np.testing.assert_array_equal(found[:, :n], seen_BM[:, :n])
+    assert found[:, n:].all()
+
+
+@pytest.mark.parametrize("ways", [1, 4])
 def test_what_is_retrieved_is_what_attention_weighs_most(devices, ways):
     """A memory layer's k best slots, and the tokens there: with k retrieved, reading the same k is the same model."""
     config = model_config(2, 4, 4, layers=2).replace(eos_id=None, last_context_length=3)
@@ -123,6 +177,10 @@ def test_what_is_retrieved_is_what_attention_weighs_most(devices, ways):
     with mesh(devices, ways):
         reader = prefill(config, params, tokens_BT)
         found = retrieved(config, params, reader, tokens_BT[:, :2], k=4, read_BT=tokens_BT)
+        with pytest.raises(ValueError, match="tokens have 1 rows; wanted the reader's 2"):
+            retrieved(config, params, reader, tokens_BT[:1, :2], k=4)
+        with pytest.raises(ValueError, match=r"tokens read are \(2, 9\); wanted 2 rows of 57 at least"):
+            retrieved(config, params, reader, tokens_BT[:, :2], k=4, read_BT=tokens_BT[:, :9])
         with pytest.raises(ValueError, match="6 tokens follow 3 of the open window; wanted at most 8 together"):
             retrieved(config, params, reader, tokens_BT[:, :6], k=4)
         held_keys = [

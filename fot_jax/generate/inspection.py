@@ -62,7 +62,12 @@ def retrieved(
     open_B = np.asarray(reader.local.length_B) % W
     if int(open_B.max()) + T > W:
         raise ValueError(f"{T} tokens follow {int(open_B.max())} of the open window; wanted at most {W} together")
+    if len(tokens_BT) != len(reader.length_B):
+        raise ValueError(f"tokens have {len(tokens_BT)} rows; wanted the reader's {len(reader.length_B)}")
     _check_room(config, reader, T)
+    held = int(np.max(np.asarray(reader.mem.length_B)))
+    if read_BT is not None and (np.ndim(read_BT) != 2 or len(read_BT) != len(tokens_BT) or np.shape(read_BT)[1] < held):
+        raise ValueError(f"tokens read are {np.shape(read_BT)}; wanted {len(tokens_BT)} rows of {held} at least")
     out = []
     found = _retrieve(config, params, reader, tokens_BT, k=k, reading=reading)
     for layer, (slots, scores) in zip(config.mem_layers, found, strict=True):

@@ -81,6 +81,8 @@ def save_reader(
             for layer, array in enumerate(getattr(cache, name)):
                 for part in _PARTS if _is_int8(array) else ("",):
                     tensors[f"{kind}.{name}.{layer}{part}"] = _filled(array, part, cache.deals, filled)
+    if any(seen is not None for seen in reader.mem.each_seen):
+        tensors["memory.seen"] = np.asarray(memories.seen_slots(reader.mem))
     metadata = {
         "format": FORMAT,
         "model": json.dumps(fingerprint(config, params)),
@@ -225,7 +227,12 @@ def load_reader(
         pages.append(_put(page, copied, "memory", first))
         first += page.capacity
     arrays = {name: jnp.asarray(copied[name]) for name in _ROW_ARRAYS}
-    return placed_with(params, Reader(**arrays, local=local, mem=memories.Pages(tuple(pages))))
+    mem = memories.Pages(tuple(pages))
+    if "memory.seen" in copied:  # of slots that there was no room for, all
+        seen = copied["memory.seen"][:, : mem.capacity]
+        more = [(0, 0), (0, mem.capacity - seen.shape[1])]
+        mem = memories.restrict(mem, jnp.asarray(np.pad(seen, more, constant_values=True)))
+    return placed_with(params, Reader(**arrays, local=local, mem=mem))
 
 
 def _put(cache: memories.Cache, tensors: dict[str, np.ndarray], kind: str, first: int = 0) -> memories.Cache:

@@ -15,7 +15,7 @@ from fot_jax.memory.cache import (
     power_of_two,
     token_bytes,
 )
-from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, take
+from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, seen_slots, take
 from fot_jax.memory.forecast import Forecast, forecast
 from fot_jax.memory.reading import DENSE, Reading, dense, read, search, topk, topk_attention
 from fot_jax.memory.stored import Int8
@@ -45,6 +45,7 @@ __all__ = [
     "read",
     "restrict",
     "search",
+    "seen_slots",
     "take",
     "token_bytes",
     "topk",

@@ -94,6 +94,15 @@ def dealt(capacity: int) -> Deal:
     return Deal(ways, block)
 
 
+def check_deals(deals: Sequence[Deal]) -> None:
+    """Refuses a memory that was dealt to other devices than the mesh of `jax.set_mesh` has: its slots would be taken
+    for others.
+    """
+    found, ways = {deal.ways for deal in deals}, sharding.ways("memory")
+    if not found <= {1} and found != {ways}:
+        raise ValueError(f"memory was dealt to {max(found)} devices; the mesh has {ways} for it: wanted the same")
+
+
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["keys", "values", "length_B", "seen"], meta_fields=["deal"]
 )
@@ -113,6 +122,16 @@ class Cache:
     length_B: Array
     deal: Deal = Deal()
     seen: Array | None = None
+
+    @property
+    def pages(self) -> tuple[Cache, ...]:
+        """A cache is one page."""
+        return (self,)
+
+    def with_pages(self, pages: Sequence[Cache]) -> Cache:
+        """The cache that is made of other pages, of which there is one."""
+        (page,) = pages
+        return page
 
     @property
     def each_seen(self) -> tuple[Array | None, ...]:
@@ -149,6 +168,10 @@ class Pages:
     """
 
     pages: tuple[Cache, ...]
+
+    def with_pages(self, pages: Sequence[Cache]) -> Pages:
+        """The cache that is made of other pages."""
+        return Pages(tuple(pages))
 
     @property
     def keys(self) -> tuple[tuple[Buffer, ...], ...]:
@@ -273,14 +296,14 @@ def append(
     Raises:
         ValueError: layers or lengths that do not fit.
     """
-    pages = cache.pages if isinstance(cache, Pages) else (cache,)
-    layers = len(cache.keys), len(cache.values)
+    pages, layers = cache.pages, (len(cache.keys), len(cache.values))
     if (len(keys), len(values)) != layers:
         raise ValueError(
             f"cache has {layers[0]} layers; wanted as many keys and values, found {len(keys)}, {len(values)}"
         )
     if not keys:
         return cache
+    check_deals(cache.deals)
     held = pages[0].keys[0].shape
     for new in (*keys, *values):
         if new.shape[:3] != held[:3]:
@@ -300,7 +323,7 @@ def append(
             page = write(page)
         out.append(dataclasses.replace(page, length_B=end_B))
         first += page.capacity
-    return Pages(tuple(out)) if isinstance(cache, Pages) else out[0]
+    return cache.with_pages(out)
 
 
 def _write_page(news: tuple, start_B: Array, count_B: Array, page: Cache) -> Cache:
@@ -387,16 +410,27 @@ def constrain(tree: Any) -> Any:
 
 
 def on_devices(f: Callable[..., tuple], cache: Cache, *arrays: Any, whole: bool = False) -> tuple:
-    """`f(device, *arrays, (keys, values))` on every device's part of a cache's buffers; what it returns lies as they
-    do, or with `whole` is the same on all devices of the memory. Arrays of one dimension are [B], others [B, G, ...].
+    """`f(device, *arrays, (keys, values))` on every device's part of a cache's buffers.
+
+    Args:
+        arrays: those of one dimension are [B], others [B, G, ...].
+        whole: whether what comes of all devices is added up; if not, it lies as the buffers do.
+
+    Raises:
+        ValueError: a memory that was dealt to other devices than the mesh has.
     """
     buffers = cache.keys, cache.values
     if cache.deal.ways == 1:
         return f(0, *arrays, buffers)
+    check_deals(cache.deals)
     where = places(*cache.keys[0].shape[:2])
     specs = jax.tree.map(lambda x: where.rows if x.ndim == 1 else where.heads, arrays)
     slots = jax.tree.map(lambda x: where.slots, buffers)
-    body = lambda *args: f(jax.lax.axis_index(where.axes), *args)
+
+    def body(*args: Any) -> Any:
+        out = f(jax.lax.axis_index(where.axes), *args)
+        return jax.tree.map(lambda x: jax.lax.psum(x, where.axes).astype(x.dtype), out) if whole else out
+
     out = jax.tree.map(lambda _: where.heads, buffers) if whole else slots
     return jax.shard_map(body, in_specs=(*specs, slots), out_specs=out, check_vma=False)(*arrays, buffers)
 

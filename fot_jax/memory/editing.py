@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fot_jax.memory.cache import Cache, Pages, append, on_devices, places
+from fot_jax.memory.cache import Cache, Pages, append, check_deals, on_devices
 from fot_jax.memory.stored import Buffer
 
 Array = jax.Array
@@ -18,19 +18,27 @@ Array = jax.Array
 MERGED_SLOTS = 1024  # that are copied at a time
 
 
-def clear(cache: Cache, row_B: Array) -> Cache:
+def clear(cache: Cache | Pages, row_B: Array) -> Cache | Pages:
     """The cache with the rows where `row_B` (bool) is True emptied."""
-    return dataclasses.replace(cache, length_B=jnp.where(row_B, 0, cache.length_B))
+    emptied = lambda page: dataclasses.replace(page, length_B=jnp.where(row_B, 0, page.length_B))
+    return cache.with_pages([emptied(page) for page in cache.pages])
 
 
-def evict_oldest(cache: Cache, count_B: Array) -> Cache:
+def evict_oldest(cache: Cache | Pages, count_B: Array) -> Cache | Pages:
     """The cache without the `count_B[b]` oldest tokens of each row; the others move up, so that slot 0 is the oldest
-    again. Of a memory dealt to several devices whole rounds leave, so that no token moves to another device: the count
-    is rounded up to a multiple of ways x block.
+    again. Of a cache dealt to several devices whole rounds leave, so that no token moves to another device: the count
+    is rounded up to a multiple of ways x block. Of pages exactly so many leave, and all others are copied.
     """
+    check_deals(cache.deals)
+    count_B = jnp.clip(count_B, 0, cache.length_B)
+    if isinstance(cache, Pages):
+        kept = _copied(clear(cache, jnp.ones_like(count_B, bool)), cache, count_B)
+        if all(page.seen is None for page in cache.pages):
+            return kept
+        return restrict(kept, _moved(seen_slots(cache), count_B))
     deal = cache.deal
     round_ = deal.ways * deal.block if deal.ways > 1 else 1
-    rounds_B = -(-jnp.minimum(count_B, cache.length_B) // round_)
+    rounds_B = -(-count_B // round_)
     columns_B = rounds_B * (round_ // deal.ways)
 
     def shift(device: Array | int, columns_B: Array, buffers: tuple) -> tuple:
@@ -39,12 +47,17 @@ def evict_oldest(cache: Cache, count_B: Array) -> Cache:
 
     keys, values = on_devices(shift, cache, columns_B)
     gone_B, seen = rounds_B * round_, cache.seen
-    if seen is not None:  # which tokens are read stays, and those that come after them are
-        slot = gone_B[:, None] + jnp.arange(cache.capacity)[None, :]
-        moved = jnp.take_along_axis(deal.in_order(seen)[:, 0, 0], jnp.minimum(slot, cache.capacity - 1), axis=1)
-        seen = deal.as_dealt((moved | (slot >= cache.capacity))[:, None, None])
+    if seen is not None:
+        seen = deal.as_dealt(_moved(seen_slots(cache), gone_B)[:, None, None])
     length_B = jnp.maximum(cache.length_B - gone_B, 0)
     return dataclasses.replace(cache, keys=keys, values=values, length_B=length_B, seen=seen)
+
+
+def _moved(seen_BM: Array, gone_B: Array) -> Array:
+    """Which slots are read when the first `gone_B` are no more: the same tokens, and all that come after them."""
+    M = seen_BM.shape[1]
+    slot = gone_B[:, None] + jnp.arange(M)[None, :]
+    return jnp.take_along_axis(seen_BM, jnp.minimum(slot, M - 1), axis=1) | (slot >= M)
 
 
 def restrict(cache: Cache | Pages, seen_BM: Array | None) -> Cache | Pages:
@@ -57,55 +70,87 @@ def restrict(cache: Cache | Pages, seen_BM: Array | None) -> Cache | Pages:
     Raises:
         ValueError: a mask of another shape.
     """
-    pages = cache.pages if isinstance(cache, Pages) else (cache,)
     shape = (cache.length_B.shape[0], cache.capacity)
     if seen_BM is not None and seen_BM.shape != shape:
         raise ValueError(f"mask of slots is {seen_BM.shape}; wanted {shape}, rows and slots of the memory")
     out, first = [], 0
-    for page in pages:
+    for page in cache.pages:
         seen = None
         if seen_BM is not None:
             seen = page.deal.as_dealt(seen_BM[:, None, None, first : first + page.capacity])
         out.append(dataclasses.replace(page, seen=seen))
         first += page.capacity
-    return Pages(tuple(out)) if isinstance(cache, Pages) else out[0]
+    return cache.with_pages(out)
 
 
-def take(cache: Cache, first: Array | int, size: int) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
-    """Keys and values [B, G, K, size] of each layer, in the order of slots, from slot `first` on; zeros beyond the
-    capacity.
+def seen_slots(cache: Cache | Pages) -> Array:
+    """Which slots are read, bool [B, M] by slot number, filled or not."""
+    rows = cache.length_B.shape[0]
+
+    def one(page: Cache) -> Array:
+        if page.seen is None:
+            return jnp.ones((rows, page.capacity), bool)
+        return page.deal.in_order(page.seen)[:, 0, 0]
+
+    return jnp.concatenate([one(page) for page in cache.pages], axis=1)
+
+
+def take(cache: Cache | Pages, first_B: Array | int, size: int) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
+    """Keys and values [B, G, K, size] of each layer, in the order of slots, from slot `first_B` of each row on; zeros
+    where there is no such slot.
     """
-    deal, slot = cache.deal, first + jnp.arange(size)
-
-    def read(device: Array | int, buffers: tuple) -> tuple:
-        mine = (slot < cache.capacity) & (deal.device(slot) == device)
-        column = jnp.where(mine, deal.column(slot), 0)
-        part = lambda x: jnp.where(mine, jnp.take(x, column, axis=3), 0)
-        if deal.ways == 1:
-            return jax.tree.map(part, buffers)
-        # One device holds each slot; the others add zeros.
-        return jax.tree.map(lambda x: jax.lax.psum(part(x), axes).astype(x.dtype), buffers)
-
-    axes = places(*cache.keys[0].shape[:2]).axes if deal.ways > 1 else ()
-    return on_devices(read, cache, whole=True)
+    slot_BT = jnp.broadcast_to(jnp.asarray(first_B, jnp.int32), cache.length_B.shape)[:, None] + jnp.arange(size)[None]
+    found, start = None, 0
+    for page in cache.pages:
+        if page.capacity:
+            part = _take_of_page(page, slot_BT - start)
+            found = part if found is None else jax.tree.map(lambda x, y: x + y, found, part)
+        start += page.capacity
+    if found is None:
+        raise ValueError(f"a memory without slots; wanted one to take {size} of")
+    return found
 
 
-def merge(cache: Cache | Pages, other: Cache) -> Cache | Pages:
+def _take_of_page(page: Cache, slot_BT: Array) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
+    """Keys and values of the slots, with zeros for those of other pages."""
+    first_B, t = slot_BT[:, 0], jnp.arange(slot_BT.shape[1])
+
+    def read(device: Array | int, first_B: Array, buffers: tuple) -> tuple:
+        slot_BT = first_B[:, None] + t[None]
+        mine = (slot_BT >= 0) & (slot_BT < page.capacity) & (page.deal.device(slot_BT) == device)
+        column = jnp.where(mine, page.deal.column(slot_BT), 0)[:, None, None, :]
+        each = lambda x: jnp.where(
+            mine[:, None, None, :], jnp.take_along_axis(x, column, axis=3), jnp.zeros((), x.dtype)
+        )
+        return jax.tree.map(each, buffers)
+
+    return on_devices(read, page, first_B, whole=True)
+
+
+def _copied(cache: Cache | Pages, other: Cache | Pages, first_B: Array | int) -> Cache | Pages:
+    """The first memory with the tokens of another, from `first_B` of each row on, behind its own."""
+    length_B = jnp.maximum(other.length_B - first_B, 0)
+    size = min(MERGED_SLOTS, *(page.capacity for page in cache.pages), other.capacity)
+
+    def one(i: Array, cache: Cache | Pages) -> Cache | Pages:
+        count_B = jnp.clip(length_B - i * size, 0, size)
+        return append(cache, *take(other, first_B + i * size, size), count_B)
+
+    return jax.lax.fori_loop(0, -(-jnp.max(length_B) // size), one, cache)
+
+
+def merge(cache: Cache | Pages, other: Cache | Pages) -> Cache | Pages:
     """The first memory with the tokens of another behind its own, row by row; of both the same layers.
 
     Numbers are copied as they are stored where formats are the same. A row holds at most its capacity: tokens beyond
-    are not kept, so callers see to it that there is room.
+    are not kept, so callers see to it that there is room. Where reading of the first is restricted, the mask says of
+    their slots whether the new tokens are read.
 
     Raises:
-        ValueError: layers or heads that do not fit.
+        ValueError: layers or heads that do not fit; another memory of which only some slots are read.
     """
-    if not other.keys:
+    if any(page.seen is not None for page in other.pages):
+        raise ValueError("the other memory is restricted to some slots; wanted all to be read: restrict(other, None)")
+    if not other.keys or not other.capacity or not cache.capacity:
         return cache
-    smallest = min(page.capacity for page in cache.pages) if isinstance(cache, Pages) else cache.capacity
-    size = min(MERGED_SLOTS, smallest, other.capacity)
-
-    def one(i: Array, cache: Cache | Pages) -> Cache | Pages:
-        count_B = jnp.clip(other.length_B - i * size, 0, size)
-        return append(cache, *take(other, i * size, size), count_B)
-
-    return jax.lax.fori_loop(0, -(-jnp.max(other.length_B) // size), one, cache)
+    return _copied(cache, other, 0)

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import attention, sharding
-from fot_jax.memory.cache import Deal, places, power_of_two
+from fot_jax.memory.cache import Deal, check_deals, places, power_of_two
 from fot_jax.memory.stored import Buffer, Int8, loaded
 
 Array = jax.Array
 
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
 FEW_QUERIES, MOST_SLOTS = 16, 2**18  # queries and slots of a block that top-k is selected of
-LOADED_BLOCK = 4096  # slots that a single query has loaded from int8 at a time
+LOADED_BLOCK, LOADED_BYTES = 4096, 2**27  # slots that a single query has loaded from int8 at a time; bytes of a block
 COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
 
 
@@ -206,6 +206,14 @@ def _parts(
     return out
 
 
+def _loadable(size: int, parts: Sequence[_Part]) -> int:
+    """Slots of a block, `size` or as many as may be loaded from int8 at a time."""
+    if not any(isinstance(x, Int8) for part in parts for x in part.arrays):
+        return size
+    B, G, K, _ = parts[0].arrays[0].shape
+    return min(size, max(LOADED_BLOCK, power_of_two(LOADED_BYTES // (4 * B * G * K) + 1) // 2))
+
+
 # Takes what came of the slots so far, or None where this is all; a block of every array of a part; the part; the first
 # of its columns; and which of the block's columns count, [B, size], or None where all do.
 _Step = Callable[[Any, tuple[Array, ...], _Part, Array | int, Array | None], Any]
@@ -296,14 +304,12 @@ def _on_devices(
     whole = zip(pages, deals or (Deal(),) * n, seen or (None,) * n, strict=True)
     held = [page for page in whole if page[0][0].shape[3]]
     read_of, deals = [(arrays, seen) for arrays, _, seen in held], tuple(deal for _, deal, _ in held)
-    dealt, ways = {deal.ways for deal in deals}, sharding.ways("memory")
-    if not dealt <= {1} and dealt != {ways}:
-        raise ValueError(f"memory was dealt to {max(dealt)} devices; the mesh has {ways} for it: wanted the same")
+    check_deals(deals)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or not held:
         return read(q_BHTK, _parts(read_of, length_B, deals, 0), ())
     where = places(q_BHTK.shape[0], read_of[0][0][0].shape[1])
-    axes = where.axes if dealt != {1} else ()
+    axes = where.axes if deals[0].ways > 1 else ()
 
     def body(q: Array, read_of: Any, length_B: Array) -> Any:
         device = jax.lax.axis_index(axes) if axes else 0
@@ -379,7 +385,7 @@ def _dense(
         if T == 1 and parts:
             partial = attention.merge(*_each_part(one, lambda columns: nothing, parts, slot_block))
         else:
-            partial = _over_slots(one, nothing, parts, slot_block)
+            partial = _over_slots(one, nothing, parts, _loadable(slot_block, parts))
         return _merge_over(axes, partial)
 
     return _over_query_blocks(read_block, q_BHTK, query_block)
@@ -461,7 +467,7 @@ def _search(
     if T == 1 and slot_block == largest:
         s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, slot_block))
     else:
-        s, slots = _select(q_nBGQK, keys, N, slot_block)
+        s, slots = _select(q_nBGQK, keys, N, _loadable(slot_block, keys))
 
     def of_all(found: tuple[Array, Array]) -> tuple[Array, Array]:
         s, slots = _best_of_all(*found, N, axes) if axes else found
