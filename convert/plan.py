@@ -82,6 +82,11 @@ class Plan:
         return sum(piece.nbytes for piece in self.pieces)
 
     @property
+    def parameters(self) -> int:
+        """Numbers in the result."""
+        return sum(math.prod(piece.target.shape) for piece in self.pieces)
+
+    @property
     def memory_bytes(self) -> int:
         """Memory needed beyond mapped files: a tensor as it is read, in our orientation and in the result's; of our
         own checkpoints a whole leaf, where its layers lie in one piece.
@@ -98,8 +103,7 @@ class Plan:
 
     def _largest_memory(self, device_bytes: int) -> int:
         """Tokens of memory, of one row, that a device has room for beside the model."""
-        dtype = np.dtype(self.config.dtypes.compute)
-        params = sum(math.prod(piece.target.shape) for piece in self.pieces) * dtype.itemsize
+        params = self.parameters * np.dtype(self.config.dtypes.compute).itemsize
         return memory.forecast(self.config, device_bytes, params_bytes=params).tokens
 
     def summary(self) -> dict[str, Any]:
@@ -114,7 +118,7 @@ class Plan:
             "source": str(self.source.path),
             "source_format": self.source.layout.format,
             "to": self.to,
-            "parameters": sum(math.prod(piece.target.shape) for piece in self.pieces),
+            "parameters": self.parameters,
             "tensors": len(self.pieces),
             "model": {
                 **{f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name != "dtypes"},

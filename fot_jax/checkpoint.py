@@ -463,17 +463,17 @@ class ParamsReader:
             described = files.read_json(self._path / "params" / "_METADATA")
             self._ocdbt, self._zarr3 = bool(described["use_ocdbt"]), bool(described["use_zarr3"])
             paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in described["tree_metadata"].values()]
-            arrays = {path: self._tensorstore(path, cache_bytes=0) for path in paths}
+            self._arrays = {path: self._tensorstore(path, cache_bytes=0) for path in paths}
         except Exception as error:  # JSON of any other kind; TensorStore raises many kinds
             raise _damaged(self._path, _said(error)) from error
-        self.leaves = {path: (tuple(array.shape), array.dtype.numpy_dtype) for path, array in arrays.items()}
+        self.leaves = {path: (tuple(array.shape), array.dtype.numpy_dtype) for path, array in self._arrays.items()}
         self._open: tuple[tuple[str, ...], Any] | None = None
         self._sums: dict[tuple[str, ...], dict[tuple[int, ...], int]] = {path: {} for path in self.leaves}
 
     def _array(self, path: tuple[str, ...], stacked: int) -> Any:
         if self._open is None or self._open[0] != path:
             shape, dtype = self.leaves[path]
-            array = self._tensorstore(path, cache_bytes=0)
+            array = self._arrays[path]
             if any(n > 1 for n in array.chunk_layout.read_chunk.shape[:stacked]):
                 # Layers that lie in one chunk: it is decoded once, not for each of them.
                 array = self._tensorstore(path, cache_bytes=math.prod(shape) * dtype.itemsize + 2 * _CHUNK_BYTES)

@@ -306,8 +306,7 @@ def extend(
     tokens_BT, mask_BT, _ = _check_tokens(config, tokens_BT, None, attention_mask)
     _check_spill(spill)
     reading = memories.Reading(memory, k, score_bytes)
-    if len(tokens_BT) != len(reader.length_B):
-        raise ValueError(f"tokens have {len(tokens_BT)} rows; wanted the reader's {len(reader.length_B)}")
+    _check_rows(reader, tokens_BT)
     length_B = mask_BT.sum(1)
     _check_room(config, reader, length_B)
     tokens_BT = _flush_left(tokens_BT, mask_BT)
@@ -317,6 +316,12 @@ def extend(
 def _check_spill(spill: str) -> None:
     if spill not in SPILLS:
         raise ValueError(f"spill is {spill!r}; wanted one of {', '.join(SPILLS)}")
+
+
+def _check_rows(reader: Reader, tokens_BT: np.ndarray) -> None:
+    """Refuses tokens of other rows than what was read has."""
+    if len(tokens_BT) != len(reader.length_B):
+        raise ValueError(f"tokens have {len(tokens_BT)} rows; wanted the reader's {len(reader.length_B)}")
 
 
 def _check_room(config: ModelConfig, reader: Reader, new_B: Any) -> None:

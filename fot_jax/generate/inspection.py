@@ -12,7 +12,7 @@ import numpy as np
 from fot_jax import memory as memories
 from fot_jax import model
 from fot_jax.config import ModelConfig
-from fot_jax.generate import Reader, _check_room, _check_tokens, make_room
+from fot_jax.generate import Reader, _check_room, _check_rows, _check_tokens, make_room
 
 Array = jax.Array
 
@@ -62,8 +62,7 @@ def retrieved(
     open_B = np.asarray(reader.local.length_B) % W
     if int(open_B.max()) + T > W:
         raise ValueError(f"{T} tokens follow {int(open_B.max())} of the open window; wanted at most {W} together")
-    if len(tokens_BT) != len(reader.length_B):
-        raise ValueError(f"tokens have {len(tokens_BT)} rows; wanted the reader's {len(reader.length_B)}")
+    _check_rows(reader, tokens_BT)
     _check_room(config, reader, T)
     held = int(np.max(np.asarray(reader.mem.length_B)))
     if read_BT is not None and (np.ndim(read_BT) != 2 or len(read_BT) != len(tokens_BT) or np.shape(read_BT)[1] < held):

@@ -78,9 +78,10 @@ def save_reader(
         tensors[f"{kind}.length_B"] = np.asarray(cache.length_B)
         filled = int(tensors[f"{kind}.length_B"].max())
         for name in ("keys", "values"):
-            for layer, array in enumerate(getattr(cache, name)):
-                for part in _PARTS if _is_int8(array) else ("",):
-                    tensors[f"{kind}.{name}.{layer}{part}"] = _filled(array, part, cache.deals, filled)
+            for layer in range(len(getattr(cache, name))):
+                buffers = [getattr(page, name)[layer] for page in cache.pages]
+                for part in _PARTS if isinstance(buffers[0], memories.Int8) else ("",):
+                    tensors[f"{kind}.{name}.{layer}{part}"] = _filled(buffers, part, cache.deals, filled)
     if any(seen is not None for seen in reader.mem.each_seen):
         tensors["memory.seen"] = np.asarray(memories.seen_slots(reader.mem))
     metadata = {
@@ -100,15 +101,10 @@ def save_reader(
 _PARTS = {".numbers": "numbers", ".scale": "scale"}
 
 
-def _is_int8(buffer: Any) -> bool:
-    """Of a buffer or its pages."""
-    return isinstance(buffer[0] if isinstance(buffer, tuple) else buffer, memories.Int8)
-
-
-def _filled(buffer: Any, part: str, deals: tuple[memories.Deal, ...], filled: int) -> np.ndarray:
-    """[B, G, K, filled] of a buffer or its pages, or of a part of them, in the order of slots."""
+def _filled(buffers: Sequence[Any], part: str, deals: tuple[memories.Deal, ...], filled: int) -> np.ndarray:
+    """[B, G, K, filled] of the buffers of pages, or of a part of them, in the order of slots."""
     parts, start = [], 0
-    for page, deal in zip(buffer if isinstance(buffer, tuple) else (buffer,), deals, strict=True):
+    for page, deal in zip(buffers, deals, strict=True):
         page = getattr(page, _PARTS[part]) if part else page
         if start < filled or not parts:
             whole = page if deal.ways == 1 else deal.in_order(np.asarray(page))
@@ -246,7 +242,9 @@ def _put(cache: memories.Cache, tensors: dict[str, np.ndarray], kind: str, first
         out = []
         for layer, empty in enumerate(getattr(cache, name)):
             read = lambda part, layer=layer: page(tensors[f"{kind}.{name}.{layer}{part}"])
-            out.append(memories.Int8(*map(read, _PARTS)) if _is_int8(empty) else read("").astype(empty.dtype))
+            out.append(
+                memories.Int8(*map(read, _PARTS)) if isinstance(empty, memories.Int8) else read("").astype(empty.dtype)
+            )
         return tuple(out)
 
     # The window is full at most; without memory layers nothing is in memory.

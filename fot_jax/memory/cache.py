@@ -424,7 +424,7 @@ def on_devices(f: Callable[..., tuple], cache: Cache, *arrays: Any, whole: bool 
         return f(0, *arrays, buffers)
     check_deals(cache.deals)
     where = places(*cache.keys[0].shape[:2])
-    specs = jax.tree.map(lambda x: where.rows if x.ndim == 1 else where.heads, arrays)
+    given = jax.tree.map(lambda x: where.rows if x.ndim == 1 else where.heads, arrays)
     slots = jax.tree.map(lambda x: where.slots, buffers)
 
     def body(*args: Any) -> Any:
@@ -432,7 +432,7 @@ def on_devices(f: Callable[..., tuple], cache: Cache, *arrays: Any, whole: bool 
         return jax.tree.map(lambda x: jax.lax.psum(x, where.axes).astype(x.dtype), out) if whole else out
 
     out = jax.tree.map(lambda _: where.heads, buffers) if whole else slots
-    return jax.shard_map(body, in_specs=(*specs, slots), out_specs=out, check_vma=False)(*arrays, buffers)
+    return jax.shard_map(body, in_specs=(*given, slots), out_specs=out, check_vma=False)(*arrays, buffers)
 
 
 def compact(xs: Sequence[Array], valid_BT: Array) -> tuple[Array, ...]:
