@@ -104,18 +104,22 @@ def grouped(q_BHTK: Array, n_kv_heads: int) -> Array:
     return q_BHTK.reshape(B, n_kv_heads, H // n_kv_heads * T, K)
 
 
-def scores(q_BGQK: Array, k_BGSK: Array, slots_last: bool = False) -> Array:
-    """Inner products, float32 [B, G, Q, S], with keys [B, G, S, K], or [B, G, K, S] if `slots_last`."""
+def scores(q_BGQK: Array, k_BGSK: Array, slots_last: bool = False, exact: bool = False) -> Array:
+    """Inner products, float32 [B, G, Q, S], with keys [B, G, S, K], or [B, G, K, S] if `slots_last`; if `exact` of the
+    numbers as they are, where a TPU or GPU would round float32 before it multiplies.
+    """
     # Operands of different dtypes meet in the wider one: what memory stores is what is compared.
     dtype = jnp.promote_types(q_BGQK.dtype, k_BGSK.dtype)
-    return _product("bgqk,bgks->bgqs" if slots_last else "bgqk,bgsk->bgqs", q_BGQK.astype(dtype), k_BGSK.astype(dtype))
+    equation = "bgqk,bgks->bgqs" if slots_last else "bgqk,bgsk->bgqs"
+    precision = jax.lax.Precision.HIGHEST if exact else None
+    return _product(equation, q_BGQK.astype(dtype), k_BGSK.astype(dtype), precision)
 
 
-def _product(equation: str, a: Array, b: Array) -> Array:
+def _product(equation: str, a: Array, b: Array, precision: jax.lax.Precision | None = None) -> Array:
     """An einsum with float32 sums. Where the left operand has a single query, its axis is left out: a CPU then reads
     the other operand where it lies, at the speed of memory.
     """
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
     if equation.startswith("bgq") and a.shape[2] == 1:
         return product(equation.replace("q", ""), a[:, :, 0], b)[:, :, None]
     return product(equation, a, b)

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import attention, sharding
+from fot_jax.memory import kernels
 from fot_jax.memory.cache import Deal, check_deals, places, power_of_two
 from fot_jax.memory.stored import Buffer, Int8, loaded
 
 Array = jax.Array
 
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
+SCORE_BYTES = 9 * 2**24  # of scores and what is selected of them
 FEW_QUERIES, MOST_SLOTS = 16, 2**18  # queries and slots of a block that top-k is selected of
 LOADED_BLOCK, LOADED_BYTES = 4096, 2**27  # slots that a single query has loaded from int8 at a time; bytes of a block
 COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
@@ -91,7 +93,7 @@ def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int
     if k is not None and many:
         # Selection is dear, and cheaper of one large block for a few queries than of many small ones. Scores are there
         # twice, as products and as numbers to compare, and what is selected of them takes an eighth of that.
-        budget = (score_bytes or 9 * 2**24) // (9 * rows)
+        budget = (score_bytes or SCORE_BYTES) // (9 * rows)
         slot_block = min(slots, power_of_two(budget // min(queries, FEW_QUERIES) + 1) // 2, MOST_SLOTS)
         if slot_block >= min(slots, 64 * SUB_BLOCK):
             return min(queries, budget // slot_block), slot_block
@@ -461,10 +463,16 @@ def _search(
     """Slots and scores [B, H, T, N], on every device the same."""
     B, H, T, _ = q_BHTK.shape
     G, largest = parts[0].arrays[0].shape[1], max(part.columns for part in parts)
-    query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
+    one_pass = kernels.wanted(N, largest)
+    if one_pass:
+        query_block = max(1, min(T, (score_bytes or SCORE_BYTES) // (B * H * kernels.query_bytes(N))))
+    else:
+        query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
     keys = [part._replace(arrays=part.arrays[:1]) for part in parts]
     q_nBGQK = jax.vmap(functools.partial(attention.grouped, n_kv_heads=G))(_in_blocks(q_BHTK, query_block))
-    if T == 1 and slot_block == largest:
+    if one_pass:
+        s, slots = _select_in_one_pass(q_nBGQK, keys, N)
+    elif T == 1 and slot_block == largest:
         s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, slot_block))
     else:
         s, slots = _select(q_nBGQK, keys, N, _loadable(slot_block, keys))
@@ -479,7 +487,7 @@ def _search(
 
 def _scores(q_BGQK: Array, keys: Array, counts: Array | None, others: Array | float) -> Array:
     """Scores, with `others` where slots do not count."""
-    s = attention.scores(q_BGQK, keys, slots_last=True)
+    s = attention.scores(q_BGQK, keys, slots_last=True, exact=True)
     s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
     return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
 
@@ -491,20 +499,47 @@ def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tupl
     N = min(N, sum(part.columns for part in parts))
 
     def select(so_far: Any, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Any:
-        def one(block: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-            q_BGQK, *so_far = block
+        def one(block: tuple[Array, tuple[Array, Array]]) -> tuple[Array, Array]:
+            q_BGQK, so_far = block
             s = _scores(q_BGQK, arrays[0], counts, -jnp.inf)
             best, index = _best(s, min(N, s.shape[-1]))
-            # So far comes first: among equals the earlier, lower slot wins.
-            new = best, part.number(first + index)
-            s, slots = (jnp.concatenate(both, axis=-1) for both in zip(so_far, new, strict=True))
-            top, chosen = _top_k(s, N)
-            return top, jnp.take_along_axis(slots, chosen, axis=-1)
+            return _better(so_far, (best, part.number(first + index)), N)
 
-        return _one_by_one(one, (q_nBGQK, *so_far))
+        return _one_by_one(one, (q_nBGQK, so_far))
 
+    return _over_slots(select, _none_yet(q_nBGQK, N), parts, slot_block)
+
+
+def _none_yet(q_nBGQK: Array, N: int) -> tuple[Array, Array]:
+    """Scores and slots [n, B, G, Q, N] before anything was read."""
     shape = (*q_nBGQK.shape[:-1], N)
-    return _over_slots(select, (jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)), parts, slot_block)
+    return jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
+
+
+def _better(so_far: tuple[Array, Array], new: tuple[Array, Array], N: int) -> tuple[Array, Array]:
+    """The N best of scores and slots, greatest first. So far comes first: among equals the earlier, lower slot wins."""
+    s, slots = (jnp.concatenate(both, axis=-1) for both in zip(so_far, new, strict=True))
+    top, chosen = _top_k(s, N)
+    return top, jnp.take_along_axis(slots, chosen, axis=-1)
+
+
+def _select_in_one_pass(q_nBGQK: Array, parts: list[_Part], N: int) -> tuple[Array, Array]:
+    """The same by a kernel that holds no scores."""
+    N = min(N, sum(part.columns for part in parts))
+
+    def one(q_BGQK: Array) -> tuple[Array, Array]:
+        found = tuple(x[0] for x in _none_yet(q_BGQK[None], N))
+        for part in parts:
+
+            def select(found: tuple[Array, Array], part=part) -> tuple[Array, Array]:
+                k = min(N, part.columns)
+                s, column = kernels.best(q_BGQK, part.arrays[0], part.filled_B, part.seen, k)
+                return _better(found, (s, part.number(column)), N)
+
+            found = jax.lax.cond(jnp.max(part.filled_B) > 0, select, lambda found: found, found)
+        return found
+
+    return _one_by_one(one, q_nBGQK)
 
 
 def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tuple[Array, Array]:
@@ -552,7 +587,10 @@ def _topk(
                 here &= part.deal.device(slot) == part.device
 
             def add(o: Array, part=part, v_BGPK=v_BGPK, here=here, slot=slot) -> Array:
-                index = jnp.where(here, part.deal.column(slot), 0)
+                column = part.deal.column(slot)
+                if kernels.fetches(slot.shape[2], part.columns):
+                    return o + kernels.weighted_sum(part.arrays[1], jnp.where(here, column, -1), weights)
+                index = jnp.where(here, column, 0)
                 each = lambda take, v: loaded(jax.tree.map(lambda x: jax.vmap(jax.vmap(take))(x, index), v))
                 if index.shape[2] * N < part.columns:  # a few columns of values
                     v_BGQNK = jnp.moveaxis(each(lambda v_KM, index_QN: v_KM[:, index_QN], part.arrays[1]), 2, 4)

@@ -1,0 +1,276 @@
+"""What a TPU's own compiler does badly, as Pallas kernels: the selection of top-k, and fetching a few values.
+
+Scores of many queries are 64 times the bytes of keys, so that to write and read them costs more than the products they
+come of; and to fetch columns of an array the compiler turns all of it round first. Here scores never leave the chip,
+and a value costs the tile that it lies in.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from fot_jax import sharding
+from fot_jax.memory.stored import Buffer, Int8
+
+Array = jax.Array
+
+LANES = 128  # columns of a tile
+KEPT = 4  # best slots that are kept of every bin
+TILE_SCORES = 2**17  # of a block of queries and a slot of every bin, in the chip's own memory
+FEW = 16  # queries of a key/value head whose values are fetched; each value in a tile of 128
+FETCHED = 8  # tiles of values under way while as many are used
+
+
+def _interpreted() -> bool:
+    """Whether kernels are only acted out, slowly: wherever there is no TPU to run them."""
+    return sharding.platform() != "tpu"
+
+
+def wanted(k: int, columns: int) -> bool:
+    """Whether `best` is the way to select k of so many columns: on a TPU, unless there are so few that the bins would
+    hold most of them.
+    """
+    return sharding.platform() == "tpu" and columns > 2 * KEPT * bins(k)
+
+
+def query_bytes(k: int) -> int:
+    """Bytes that `best` holds for a query of a head: what is kept of every bin, its floor, and both in order."""
+    return 64 * bins(k)
+
+
+def fetches(queries: int, columns: int) -> bool:
+    """Whether `weighted_sum` is the way to average values: on a TPU, for so few queries that they fetch less than all
+    values, of so many columns that tiles are whole.
+    """
+    return sharding.platform() == "tpu" and queries <= FEW and columns % LANES == 0
+
+
+def bins(k: int) -> int:
+    """Bins that k slots are selected with: eight times as many, or more than `KEPT` of them would often meet in one."""
+    n = LANES
+    while n < 8 * k:
+        n *= 2
+    return n
+
+
+def best(q_BGQK: Array, keys: Buffer, filled_B: Array, seen: Array | None, k: int) -> tuple[Array, Array]:
+    """The k columns of greatest inner product, exactly, in one pass over keys but for rare chance.
+
+    Column c belongs to bin c modulo `bins(k)`. A pass keeps the `KEPT` best of every bin, and the k best of those are
+    the k best of all unless some bin had more of them. It had not if the last that it kept comes after the k-th best;
+    otherwise one more pass finds the next best of every bin. Of k slots in random places one query in 500,000 / k needs
+    a second pass; none needs more than k / KEPT of them.
+
+    Args:
+        q_BGQK: queries.
+        keys: [B, G, K, M], in any format of memory.
+        filled_B: int32, columns filled.
+        seen: which columns count, bool [B, 1, 1, M]; None for all.
+        k: at most M.
+
+    Returns:
+        Scores float32 [B, G, Q, k], greatest first, equal ones by column, -inf where fewer count; columns int32.
+    """
+    n = bins(k)
+    B, G, Q, _ = q_BGQK.shape
+    run = functools.partial(_of_bins, q_BGQK, keys, filled_B, seen, n=n)
+
+    def more(state: tuple) -> Array:
+        found, floor = state
+        return jnp.any(_before(floor, tuple(x[..., -1:] for x in found)))
+
+    def one_pass(state: tuple) -> tuple:
+        found, floor = state
+        kept = run(floor)
+        # As with block maxima: the k best of all that is kept are in the k bins of the best first ones.
+        first = [x[:, :, 0] for x in kept]
+        bin_ = jnp.broadcast_to(jnp.arange(n), first[0].shape)
+        chosen = _in_order(*first, bin_)[2][..., None, :k]
+        of_bins = [jnp.take_along_axis(jnp.moveaxis(x, 2, 3), chosen, axis=-1) for x in kept]
+        new = [x.reshape(B, G, Q, KEPT * k) for x in of_bins]
+        best = _in_order(*(jnp.concatenate(both, axis=-1) for both in zip(found, new, strict=True)))
+        return tuple(x[..., :k] for x in best), tuple(x[:, :, -1] for x in kept)
+
+    nothing = jnp.full((B, G, Q, k), -jnp.inf), jnp.full((B, G, Q, k), -1, jnp.int32)
+    everything = jnp.full((B, G, Q, n), jnp.inf), jnp.full((B, G, Q, n), -1, jnp.int32)
+    return jax.lax.while_loop(more, one_pass, one_pass((nothing, everything)))[0]
+
+
+def _before(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
+    """Whether (score, column) a is selected before b: greater, or equal and of a lower column."""
+    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+
+
+def _in_order(s: Array, column: Array, *others: Array) -> tuple[Array, ...]:
+    """Arrays by falling score, equal ones by column."""
+    falling, *rest = jax.lax.sort((-s, column, *others), dimension=s.ndim - 1, num_keys=2)
+    return -falling, *rest
+
+
+def _of_bins(
+    q_BGQK: Array,
+    keys: Buffer,
+    filled_B: Array,
+    seen: Array | None,
+    floor: tuple[Array, Array],
+    *,
+    n: int,
+) -> tuple[Array, Array]:
+    """Scores and columns [B, G, KEPT, Q, n]: the best of every bin that come after its `floor` [B, G, Q, n]."""
+    numbers, scale = (keys.numbers, keys.scale) if isinstance(keys, Int8) else (keys, None)
+    B, G, K, M = numbers.shape
+    Q = q_BGQK.shape[2]
+    size = min(Q, max(8, TILE_SCORES // n))
+
+    def slots(b, g, i, j, filled):
+        del i
+        return b, g, 0, jnp.minimum(j, jnp.maximum(filled[b] - 1, 0) // n)  # what is not filled is not fetched
+
+    of_queries = pl.BlockSpec((None, None, size, n), lambda b, g, i, j, _: (b, g, i, 0))
+    given = [
+        (q_BGQK, pl.BlockSpec((None, None, size, K), lambda b, g, i, j, _: (b, g, i, 0))),
+        (numbers, pl.BlockSpec((None, None, K, n), slots)),
+        (scale, pl.BlockSpec((None, None, 1, n), slots)),
+        (
+            None if seen is None else seen.astype(jnp.int32),
+            pl.BlockSpec((None, None, 1, n), lambda b, g, i, j, filled: (b, 0, 0, slots(b, g, i, j, filled)[3])),
+        ),
+        (floor[0], of_queries),
+        (floor[1], of_queries),
+    ]
+    there = tuple(x is not None for x, _ in given)
+    given = [pair for pair in given if pair[0] is not None]
+    kept = pl.BlockSpec((None, None, KEPT, size, n), lambda b, g, i, j, _: (b, g, 0, i, 0))
+    return pl.pallas_call(
+        functools.partial(_of_bins_kernel, there),
+        out_shape=[jax.ShapeDtypeStruct((B, G, KEPT, Q, n), dtype) for dtype in (jnp.float32, jnp.int32)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(B, G, pl.cdiv(Q, size), pl.cdiv(M, n)),
+            in_specs=[spec for _, spec in given],
+            out_specs=[kept, kept],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        interpret=_interpreted(),
+    )(filled_B, *(x for x, _ in given))
+
+
+def _of_bins_kernel(there: tuple[bool, ...], filled_ref, *refs):
+    *given, s_ref, column_ref = refs
+    given = iter(given)
+    q_ref, numbers_ref, scale_ref, seen_ref, *floor = (next(given) if here else None for here in there)
+    filled, j = filled_ref[pl.program_id(0)], pl.program_id(3)
+    n = s_ref.shape[-1]
+
+    @pl.when(j == 0)
+    def _():
+        s_ref[...] = jnp.full(s_ref.shape, -jnp.inf)
+        column_ref[...] = jnp.full(column_ref.shape, -1, jnp.int32)
+
+    @pl.when(j * n < filled)
+    def _():
+        s = _exact_product(q_ref[...], numbers_ref[...])
+        if scale_ref is not None:
+            s *= scale_ref[...].astype(jnp.float32)
+        column = j * n + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
+        counts = (column < filled) & _before(tuple(x[...] for x in floor), (s, column))
+        if seen_ref is not None:
+            counts &= seen_ref[...] != 0
+        s = jnp.where(counts, jnp.where(s == 0.0, 0.0, s), -jnp.inf)
+        new, new_column = s, column
+        for i in range(KEPT):  # after its equals, which are earlier, and all that it is better than one place down
+            old, old_column = s_ref[i], column_ref[i]
+            better = s > old
+            s_ref[i], column_ref[i] = jnp.where(better, new, old), jnp.where(better, new_column, old_column)
+            new, new_column = jnp.where(better, old, new), jnp.where(better, old_column, new_column)
+
+
+def _exact_product(q_QK: Array, k_KS: Array) -> Array:
+    """[Q, S] of numbers as they are: those that bfloat16 holds, int8 among them, in one pass of the matrix unit,
+    others in as many as float32 takes.
+    """
+    dtype = jnp.float32 if jnp.float32 in (q_QK.dtype, k_KS.dtype) else jnp.bfloat16
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(
+        q_QK.astype(dtype),
+        k_KS.astype(dtype),
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def weighted_sum(values: Buffer, column_BGQN: Array, weight_BGQN: Array) -> Array:
+    """sum over n of weight x the value in a column: float32 [B, G, Q, K], for a few queries.
+
+    Args:
+        values: [B, G, K, M], M a multiple of 128, in any format of memory.
+        column_BGQN: int32; below 0 for none.
+        weight_BGQN: float32.
+    """
+    v_BGKM = values
+    if isinstance(values, Int8):
+        v_BGKM, scale_BGM = values.numbers, values.scale[:, :, 0]
+        of_columns = jnp.take_along_axis(scale_BGM[:, :, None], jnp.maximum(column_BGQN, 0), axis=-1)
+        weight_BGQN *= of_columns.astype(jnp.float32)
+    B, G, K, _ = v_BGKM.shape
+    Q, N = column_BGQN.shape[2:]
+    few = -N % FETCHED
+    pad = [(0, 0)] * 3 + [(0, few)]
+    flat = lambda x, fill: jnp.pad(x, pad, constant_values=fill).reshape(-1)
+    tiles = pl.pallas_call(
+        functools.partial(_weighted_sum_kernel, N + few),
+        out_shape=jax.ShapeDtypeStruct((B, G, Q, K, LANES), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(B, G, Q),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+            out_specs=pl.BlockSpec((None, None, None, K, LANES), lambda b, g, i, *_: (b, g, i, 0, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((2, FETCHED, K, LANES), v_BGKM.dtype),
+                pltpu.SemaphoreType.DMA((2, FETCHED)),
+            ],
+        ),
+        interpret=_interpreted(),
+    )(flat(column_BGQN, -1), flat(weight_BGQN, 0.0), v_BGKM)
+    return jnp.sum(tiles, axis=-1)
+
+
+def _weighted_sum_kernel(N, column_ref, weight_ref, v_ref, out_ref, tiles, arrived):
+    b, g, i = (pl.program_id(axis) for axis in range(3))
+    G, Q = (pl.num_programs(axis) for axis in (1, 2))
+    first = ((b * G + g) * Q + i) * N  # of this query's columns
+
+    def copy(n):
+        """Of the tile that the query's n-th column lies in."""
+        start = pl.multiple_of(column_ref[first + n] // LANES * LANES, LANES)
+        place = n // FETCHED % 2, n % FETCHED
+        return pltpu.make_async_copy(v_ref.at[b, g, :, pl.ds(start, LANES)], tiles.at[place], arrived.at[place])
+
+    def each_of(group, do):
+        """`do` for those of a group's columns that are there."""
+        for t in range(FETCHED):
+            n = group * FETCHED + t
+            pl.when(column_ref[first + n] >= 0)(functools.partial(do, n))
+
+    def fetch(group):
+        each_of(group, lambda n: copy(n).start())
+
+    def add(n):
+        copy(n).wait()
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        weight = jnp.where(lane == column_ref[first + n] % LANES, weight_ref[first + n], 0.0)
+        out_ref[...] += tiles[n // FETCHED % 2, n % FETCHED].astype(jnp.float32) * weight
+
+    out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
+    fetch(0)
+
+    @pl.loop(0, N // FETCHED)
+    def _(group):
+        pl.when(group + 1 < N // FETCHED)(lambda: fetch(group + 1))
+        each_of(group, add)
