@@ -190,6 +190,18 @@ def test_a_saved_memory_answers_as_if_the_prompt_were_read_again(command, tmp_pa
     assert status == 0 and [result["tokens"] for result in found["results"]] == [whole["tokens"][11:]] * 2
 
 
+def test_an_approximate_search_says_what_it_finds(command):
+    options = ["--prompt", PROMPT, "--max-new-tokens", 8, "--k", 3]
+    exact = command(*options, "--memory", "topk")[3]
+    status, _, err, found = command(*options, "--memory", "approximate")
+    # A CPU makes the approximate search exactly.
+    assert status == 0 and found["recall"] == {"0": 1.0} and "recall" not in exact
+    assert "of the best of memory, layer 0 found 100.0%" in err
+    assert found["results"][0]["tokens"] == exact["results"][0]["tokens"]
+    status, _, _, found = command(*options[:2], "--max-new-tokens", 0, "--k", 3, "--memory", "approximate")
+    assert status == 0 and "recall" not in found
+
+
 def test_a_budget_bounds_memory(command):
     # 2 heads x 8 dimensions x 2 x 4 bytes = 128 bytes a token, windows of 16.
     status, _, _, found = command("--prompt", PROMPT, "--max-new-tokens", 5, "--memory-bytes", "64K")
@@ -212,7 +224,7 @@ def test_a_budget_bounds_memory(command):
         (["--prompt", "a", "--save-memory", "/tmp"], "/tmp: a folder; wanted a file's name"),
         (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--memory", "topk"], "wanted k for 'topk'"),
-        (["--prompt", "a", "--k", "3"], "wanted k for 'topk', and only there"),
+        (["--prompt", "a", "--k", "3"], "wanted k for 'topk' and 'approximate', and only there"),
         (["--prompt", "a", "--last-context-length", "17"], r"--last-context-length is 17; wanted 1\.\.16"),
         (["--prompt", "a", "--max-new-tokens", "-1"], "argument --max-new-tokens: '-1'; wanted a whole number"),
         (["--prompt", "a", "--memory-bytes", "2X"], "argument --memory-bytes: '2X' is no size"),

@@ -249,10 +249,12 @@ def test_topk_attention_of_arrays_that_do_not_fit(changes, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nearest",), "memory reading is 'nearest'; wanted 'dense' or 'topk'"),
-        (("dense", 3), "k=3; wanted k for 'topk', and only there"),
+        (("nearest",), "memory reading is 'nearest'; wanted one of dense, topk, approximate"),
+        (("dense", 3), "k=3; wanted k for 'topk' and 'approximate', and only there"),
         (("topk",), "k=None; wanted k for 'topk'"),
         (("topk", 0), "k is 0; wanted at least 1"),
+        (("approximate",), "k=None; wanted k for 'topk' and 'approximate'"),
+        (("approximate", 2, None, 1.0), "recall is 1.0; wanted above 0 and below 1"),
     ],
 )
 def test_readings_that_are_none(arguments, message):
@@ -489,3 +491,39 @@ def test_forecasts_are_what_is_allocated():
         memory.forecast(config, 2**34, params_bytes=0, tensor=3)
     with pytest.raises(ValueError, match="ways is 0; wanted at least 1"):
         memory.forecast(config, 2**34, params_bytes=0, ways=0)
+
+
+def test_topk_of_arguments_that_are_none():
+    x, n = jnp.zeros((1, 1, 2, 4)), jnp.array([4], jnp.int32)
+    for call in (functools.partial(memory.topk, x, x, x, n, scale=1.0), functools.partial(memory.search, x, x, n)):
+        with pytest.raises(ValueError, match="k is 0; wanted at least 1"):
+            call(k=0)
+        with pytest.raises(ValueError, match="recall is 0; wanted above 0 and below 1"):
+            call(k=1, recall=0)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_an_approximate_search_offers_what_approx_max_k_finds(monkeypatch, T):
+    """On a CPU that is all of the best, so that here every second slot is hidden from it."""
+    B, H, G, K, M, k = 2, 2, 1, 4, 600, 5
+    q, keys, values = arrays(np.random.default_rng(0), B, T, H, G, K, M, np.random.default_rng(1).standard_normal)
+    length_B = np.array([M, 300], np.int32)
+    seen = []
+
+    def approx_max_k(s, k, recall_target):
+        seen.append(recall_target)
+        return jax.lax.top_k(jnp.where(jnp.arange(s.shape[-1]) % 2 == 0, s, -jnp.inf), k)
+
+    def read(recall):
+        reading = memory.Reading("approximate", k, recall=recall) if recall else memory.Reading("topk", k)
+        of = lambda *x: memory.read(reading, *x, length_B, scale=SCALE)
+        return jax.jit(of)(q, cached(keys), cached(values))
+
+    np.testing.assert_allclose(read(0.9).o_BHTK, read(None).o_BHTK, atol=1e-6)
+    monkeypatch.setattr(jax.lax, "approx_max_k", approx_max_k)
+    partial = read(0.8)
+    assert set(seen) == {0.8}
+    even = keys[:, :, ::2], values[:, :, ::2], (length_B + 1) // 2
+    _, _, want_o, want_lse = brute_force(q, *even, k, SCALE)
+    np.testing.assert_allclose(partial.o_BHTK, want_o, atol=1e-5)
+    np.testing.assert_allclose(partial.lse_BHT, want_lse, atol=1e-5)

@@ -15,7 +15,7 @@ from test_memory_sharded import draw, held, model_config
 
 from fot_jax import memory, sharding
 from fot_jax.generate import prefill
-from fot_jax.generate.inspection import retrieved
+from fot_jax.generate.inspection import recall, retrieved
 from fot_jax.generate.saved import load_reader, save_reader
 from fot_jax.memory.stored import loaded
 
@@ -202,3 +202,23 @@ def test_what_is_retrieved_is_what_attention_weighs_most(devices, ways):
     q = np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1)
     s = np.einsum("bhtk,bhks->bhts", q, np.repeat(held_keys[0][..., :57].astype(np.float64), 2, axis=1))
     np.testing.assert_allclose(found[0].scores_BHTN, -np.sort(-s, axis=-1)[..., :4], rtol=1e-4, atol=1e-5)
+
+
+def test_recall_is_measured_on_the_same_queries(monkeypatch):
+    config = model_config(2, 4, 4, layers=2).replace(eos_id=None, last_context_length=3, vocab_size=13)
+    params = reference.random_params(config)
+    tokens_BT = np.random.default_rng(0).integers(0, 13, (2, 60)).astype(np.int32)
+    reader, reading = prefill(config, params, tokens_BT), memory.Reading("approximate", 4)
+    assert recall(config, params, reader, tokens_BT[:, :2], reading) == {0: 1.0, 1: 1.0}  # as a CPU makes it
+    with pytest.raises(ValueError, match="memory reading is 'topk'; wanted 'approximate'"):
+        recall(config, params, reader, tokens_BT[:, :2], memory.Reading("topk", 4))
+
+    def without_the_best(s, k, recall_target):
+        values, index = jax.lax.top_k(s, k + 1)
+        return values[..., 1:], index[..., 1:]
+
+    jax.clear_caches()
+    monkeypatch.setattr(jax.lax, "approx_max_k", without_the_best)
+    found = recall(config, params, reader, tokens_BT[:, :2], reading)
+    jax.clear_caches()
+    assert found == {0: 0.75, 1: 0.75}

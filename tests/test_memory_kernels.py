@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+import subprocess
+import sys
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -88,6 +93,11 @@ def test_weighted_sums_are_of_the_values_named(dtype):
     np.testing.assert_allclose(WEIGHTED_SUM(values, column, weight), want, atol=1e-5)
 
 
+def test_turned_is_the_other_way_round():
+    x_KM = np.arange(8 * 2048, dtype=np.float32).reshape(8, 2048)
+    np.testing.assert_array_equal(kernels.turned(x_KM), x_KM.T)
+
+
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize("ways", [1, 8])
 def test_topk_by_kernels_is_topk(devices, monkeypatch, T, ways):
@@ -118,3 +128,16 @@ def test_topk_by_kernels_is_topk(devices, monkeypatch, T, ways):
     np.testing.assert_array_equal(s, want_s)
     np.testing.assert_allclose(partial.o_BHTK, want_o, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(partial.lse_BHT, want_lse, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_nothing_as_long_as_memory_is_sorted_or_held_on_a_tpu():
+    pytest.importorskip("libtpu", reason="compiles for a TPU: make nightly EXTRAS=dev,tpu")
+    script = pathlib.Path(__file__).parents[1] / "bench/compiled_topk.py"
+    # A process of its own: once loaded, libtpu is there for good.
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    programs = json.loads(ran.stdout.splitlines()[-1])["programs"]
+    plain = [one for one in programs if one["way"] == "plain"]
+    assert plain and all(one["sorted_most"] == 2**20 for one in plain)  # or the figure would say nothing of ours
+    assert {one["kernels"] > 0 for one in programs if one["way"] == "topk"} == {True}

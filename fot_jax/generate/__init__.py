@@ -127,8 +127,8 @@ def long_forward(
         tokens_BT: integers [B, T], T any length.
         last_context_length: c, tokens of the last window, 1..W; the config's by default.
         attention_mask: [B, T], 0 or False for padding. Columns count as positions, padding or not.
-        memory: "dense" or "topk".
-        k: slots a query retrieves, for "topk".
+        memory: "dense", "topk" or "approximate"; see `memory.Reading`.
+        k: slots a query retrieves, but for "dense".
 
     Returns:
         float32 [B, T, V]; at padding, unspecified numbers.
@@ -550,8 +550,8 @@ def generate(
         spill: what happens when the open window is full. "block": all of it enters memory and the next token starts
             a window (the published code). "sliding": the oldest eighth enters memory, so that the other layers keep
             seeing most of W.
-        memory: "dense" or "topk".
-        k: slots a query retrieves, for "topk".
+        memory: "dense", "topk" or "approximate"; see `memory.Reading`.
+        k: slots a query retrieves, but for "dense".
         key: random key, or [B] of them, one for each row; needed when temperature > 0.
         memory_capacity: slots of memory to allocate for each row, rounded up to whole windows; what the prompt and N
             new tokens can need by default, in powers of two (`memory_tokens`), so that prompts of many lengths share

@@ -30,7 +30,7 @@ from fot_jax import files, formats
 from fot_jax import memory as memories
 from fot_jax.checkpoint import CheckpointError
 from fot_jax.config import FLOAT_DTYPES, MEMORY_DTYPES, ModelConfig
-from fot_jax.generate import OUT_TOKENS, SPILLS, Reader, decode, extend, memory_tokens, prefill
+from fot_jax.generate import OUT_TOKENS, SPILLS, Reader, decode, extend, inspection, memory_tokens, prefill
 from fot_jax.generate.sampling import Sampling
 from fot_jax.generate.saved import check_model, check_saved, load_reader, save_reader
 from fot_jax.generate.text import CONTEXT, TextStream
@@ -106,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     memory = parser.add_argument_group("memory")
     memory.add_argument("--last-context-length", type=_at_least(1), metavar="N", help="tokens left in the open window")
     memory.add_argument("--spill", choices=SPILLS, default="block", help="what leaves a full window")
-    memory.add_argument("--memory", choices=("dense", "topk"), default="dense", help="how it is read")
-    memory.add_argument("--k", type=_at_least(1), metavar="N", help="slots that a query retrieves with topk")
+    memory.add_argument("--memory", choices=memories.KINDS, default="dense", help="how it is read")
+    memory.add_argument("--k", type=_at_least(1), metavar="N", help="slots that a query retrieves, but with dense")
     memory.add_argument("--memory-dtype", choices=MEMORY_DTYPES, help="the checkpoint's by default")
     memory.add_argument("--memory-bytes", type=_bytes, metavar="SIZE", help="bound of the memory's size, as in 2G")
     memory.add_argument("--score-bytes", type=_bytes, metavar="SIZE", help="bytes of scores over memory at a time")
@@ -352,6 +352,7 @@ def run(args: argparse.Namespace) -> None:
             _Row(None if args.print_ids else TextStream(tokenizer, [*before, *prompt], args.stop), config.eos_ids)
             for before, prompt in zip(befores, prompts, strict=True)
         ]
+        found = _recall(config, params, reader, reading) if N else {}
         begin = clock.now()
         reader, first = _write(args, config, params, reader, rows, sampling, reading, clock)
         # The first token of each row is what reading gave.
@@ -367,6 +368,7 @@ def run(args: argparse.Namespace) -> None:
             "memory_capacity": reader.mem.capacity,
             "memory_bytes": reader.mem.nbytes,
             "compile_seconds": round(clock.compiling, 2),
+            **found,
         }
     finally:
         clock.close()
@@ -424,6 +426,15 @@ def _read(
     return reader, clock.now() - begin
 
 
+def _recall(config: ModelConfig, params: Any, reader: Reader, reading: memories.Reading) -> dict[str, Any]:
+    """What an approximate search finds of the k best for the likeliest next token, a share for each memory layer."""
+    if reading.kind != "approximate" or not config.mem_layers:
+        return {}
+    likeliest_BT = np.argmax(np.asarray(reader.logits_BV), axis=-1)[:, None]
+    found = inspection.recall(config, params, reader, likeliest_BT, reading)
+    return {"recall": {str(layer): round(share, 4) for layer, share in found.items()}}
+
+
 def _write(
     args: argparse.Namespace,
     config: ModelConfig,
@@ -462,6 +473,8 @@ def _summary(rates: dict[str, Any]) -> str:
         out += f"; first token after {rates['seconds_to_first_token']:.3f} s; wrote {rates['new_tokens']:,} tokens"
     if rates["decode_tokens_per_second"] is not None:
         out += f", {rates['decode_tokens_per_second']:,.1f} tokens/s after the first"
+    for layer, share in rates.get("recall", {}).items():
+        out += f"; of the best of memory, layer {layer} found {100 * share:.1f}%"
     return (
         f"{out}; memory {rates['memory_tokens']:,} of {rates['memory_capacity']:,} tokens a row, "
         f"{rates['memory_bytes'] / 2**20:,.1f} MiB; {rates['compile_seconds']:.1f} s of compiling not counted"

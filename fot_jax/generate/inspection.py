@@ -1,4 +1,4 @@
-"""Which tokens of memory a model's queries retrieve."""
+"""Which tokens of memory a model's queries retrieve, and how many of the best an approximate search finds."""
 
 from __future__ import annotations
 
@@ -56,19 +56,13 @@ def retrieved(
     Raises:
         ValueError: tokens that do not fit; k below 1.
     """
-    tokens_BT, _, _ = _check_tokens(config, tokens_BT, None, None)
     memories.Reading("topk", k)
-    W, T = config.window, tokens_BT.shape[1]
-    open_B = np.asarray(reader.local.length_B) % W
-    if int(open_B.max()) + T > W:
-        raise ValueError(f"{T} tokens follow {int(open_B.max())} of the open window; wanted at most {W} together")
-    _check_rows(reader, tokens_BT)
-    _check_room(config, reader, T)
+    tokens_BT = _next_tokens(config, reader, tokens_BT)
     held = int(np.max(np.asarray(reader.mem.length_B)))
     if read_BT is not None and (np.ndim(read_BT) != 2 or len(read_BT) != len(tokens_BT) or np.shape(read_BT)[1] < held):
         raise ValueError(f"tokens read are {np.shape(read_BT)}; wanted {len(tokens_BT)} rows of {held} at least")
     out = []
-    found = _retrieve(config, params, reader, tokens_BT, k=k, reading=reading)
+    (found,) = _retrieve(config, params, reader, tokens_BT, k=k, reading=reading, recalls=(None,))
     for layer, (slots, scores) in zip(config.mem_layers, found, strict=True):
         slots, tokens = np.asarray(slots), None
         if read_BT is not None:
@@ -78,14 +72,54 @@ def retrieved(
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("config", "k", "reading"))
-def _retrieve(config, params, reader, tokens_BT, *, k, reading) -> list[tuple[Array, Array]]:
+def recall(
+    config: ModelConfig, params: Any, reader: Reader, tokens_BT: Any, reading: memories.Reading
+) -> dict[int, float]:
+    """What approximate reading finds: for each memory layer, the share of the k best slots of exact top-k, over all
+    queries of the next tokens. The search is made both ways, on the same queries.
+
+    Args:
+        reader, tokens_BT: as for `retrieved`.
+        reading: an approximate one.
+
+    Raises:
+        ValueError: tokens that do not fit; a reading of another kind.
+    """
+    if reading.kind != "approximate":
+        raise ValueError(f"memory reading is {reading.kind!r}; wanted 'approximate'")
+    tokens_BT = _next_tokens(config, reader, tokens_BT)
+    options = dict(k=reading.k, reading=reading, recalls=(None, reading.recall))
+    exact, found = _retrieve(config, params, reader, tokens_BT, **options)
+    out = {}
+    for layer, (wanted, _), (slots, _) in zip(config.mem_layers, exact, found, strict=True):
+        queries = [np.asarray(x).reshape(-1, reading.k) for x in (wanted, slots)]
+        hits = sum(np.isin(w[w >= 0], s).sum() for w, s in zip(*queries, strict=True))
+        out[layer] = float(hits / max(np.sum(queries[0] >= 0), 1))
+    return out
+
+
+def _next_tokens(config: ModelConfig, reader: Reader, tokens_BT: Any) -> np.ndarray:
+    """Tokens [B, T] that may follow what has been read, checked."""
+    tokens_BT, _, _ = _check_tokens(config, tokens_BT, None, None)
+    W, T = config.window, tokens_BT.shape[1]
+    open_B = np.asarray(reader.local.length_B) % W
+    if int(open_B.max()) + T > W:
+        raise ValueError(f"{T} tokens follow {int(open_B.max())} of the open window; wanted at most {W} together")
+    _check_rows(reader, tokens_BT)
+    _check_room(config, reader, T)
+    return tokens_BT
+
+
+@functools.partial(jax.jit, static_argnames=("config", "k", "reading", "recalls"))
+def _retrieve(config, params, reader, tokens_BT, *, k, reading, recalls) -> list[list[tuple[Array, Array]]]:
+    """For each of `recalls`, (slots, scores) of each memory layer."""
     local, mem = make_room(config, reader.local, reader.mem, "block", jnp.ones_like(reader.ended_B))
-    found: list[tuple[Array, Array]] = []
+    found: list[list[tuple[Array, Array]]] = [[] for _ in recalls]
 
     def watch(m: int, q_BHTK: Array) -> None:
         lies = dict(deals=mem.deals, seen=mem.each_seen)
-        found.append(memories.search(q_BHTK, mem.keys[m], mem.length_B, k=k, **lies))
+        for each, share in zip(found, recalls, strict=True):
+            each.append(memories.search(q_BHTK, mem.keys[m], mem.length_B, k=k, recall=share, **lies))
 
     model.extend_window(config, params, tokens_BT, mem=mem, local=local, reading=reading, watch=watch)
     return found

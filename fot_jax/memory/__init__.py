@@ -17,11 +17,12 @@ from fot_jax.memory.cache import (
 )
 from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, seen_slots, take
 from fot_jax.memory.forecast import Forecast, forecast
-from fot_jax.memory.reading import DENSE, Reading, dense, read, search, topk, topk_attention
+from fot_jax.memory.reading import DENSE, KINDS, Reading, dense, read, search, topk, topk_attention
 from fot_jax.memory.stored import Int8
 
 __all__ = [
     "DENSE",
+    "KINDS",
     "Cache",
     "Deal",
     "Forecast",

@@ -1,4 +1,4 @@
-"""What a TPU's own compiler does badly, as Pallas kernels: the selection of top-k, and fetching a few values.
+"""What a TPU's own compiler does badly, as Pallas kernels: the selection of top-k, and fetching values.
 
 Scores of many queries are 64 times the bytes of keys, so that to write and read them costs more than the products they
 come of; and to fetch columns of an array the compiler turns all of it round first. Here scores never leave the chip,
@@ -23,6 +23,7 @@ LANES = 128  # columns of a tile
 KEPT = 4  # best slots that are kept of every bin
 TILE_SCORES = 2**17  # of a block of queries and a slot of every bin, in the chip's own memory
 FEW = 16  # queries of a key/value head whose values are fetched; each value in a tile of 128
+TURNED = 1024  # columns that are turned at a time
 FETCHED = 8  # tiles of values under way while as many are used
 
 
@@ -274,3 +275,25 @@ def _weighted_sum_kernel(N, column_ref, weight_ref, v_ref, out_ref, tiles, arriv
     def _(group):
         pl.when(group + 1 < N // FETCHED)(lambda: fetch(group + 1))
         each_of(group, add)
+
+
+def turns(x_KM: Array) -> bool:
+    """Whether `turned` is the way to turn an array round: on a TPU, where it can."""
+    return sharding.platform() == "tpu" and x_KM.dtype != jnp.int8 and x_KM.shape[1] % TURNED == 0
+
+
+def turned(x_KM: Array) -> Array:
+    """[M, K], M a multiple of `TURNED`. A TPU's compiler would turn what this was cut out of, all heads of it."""
+    K, M = x_KM.shape
+
+    def kernel(x_ref, out_ref):
+        out_ref[...] = x_ref[...].T
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((M, K), x_KM.dtype),
+        grid=(M // TURNED,),
+        in_specs=[pl.BlockSpec((K, TURNED), lambda i: (0, i))],
+        out_specs=pl.BlockSpec((TURNED, K), lambda i: (i, 0)),
+        interpret=_interpreted(),
+    )(x_KM)

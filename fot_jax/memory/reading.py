@@ -23,9 +23,11 @@ from fot_jax.memory.stored import Buffer, Int8, loaded
 
 Array = jax.Array
 
+KINDS = ("dense", "topk", "approximate")
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
 SCORE_BYTES = 9 * 2**24  # of scores and what is selected of them
 FEW_QUERIES, MOST_SLOTS = 16, 2**18  # queries and slots of a block that top-k is selected of
+RETRIEVED_BYTES = 2**26  # of values that queries of a head have retrieved at a time
 LOADED_BLOCK, LOADED_BYTES = 4096, 2**27  # slots that a single query has loaded from int8 at a time; bytes of a block
 COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
 
@@ -35,23 +37,40 @@ class Reading:
     """How memory is read. Hashable: a static argument.
 
     Attributes:
-        kind: "dense", all of memory; or "topk", each query of each head its k best slots by inner product, exactly.
-        k: slots a query retrieves, for "topk".
+        kind: "dense", all of memory; "topk", each query of each head its k best slots by inner product, exactly; or
+            "approximate", k slots of which `recall` are expected to be among the k best, by `lax.approx_max_k`, which
+            a TPU makes in less time and a CPU exactly. What was found is measured by `inspection.recall`.
+        k: slots a query retrieves, but for "dense".
         score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 144
-            MiB for "topk"); longer queries and memories are streamed in blocks.
+            MiB for top-k); longer queries and memories are streamed in blocks.
+        recall: for "approximate", above 0 and below 1.
     """
 
     kind: str = "dense"
     k: int | None = None
     score_bytes: int | None = None
+    recall: float = 0.95
 
     def __post_init__(self):
-        if self.kind not in ("dense", "topk"):
-            raise ValueError(f"memory reading is {self.kind!r}; wanted 'dense' or 'topk'")
-        if (self.kind == "topk") != (self.k is not None):
-            raise ValueError(f"memory reading {self.kind!r} with k={self.k}; wanted k for 'topk', and only there")
-        if self.k is not None and (not isinstance(self.k, (int, np.integer)) or self.k < 1):
-            raise ValueError(f"k is {self.k}; wanted at least 1")
+        if self.kind not in KINDS:
+            raise ValueError(f"memory reading is {self.kind!r}; wanted one of {', '.join(KINDS)}")
+        if (self.kind == "dense") != (self.k is None):
+            raise ValueError(
+                f"memory reading {self.kind!r} with k={self.k}; wanted k for 'topk' and 'approximate', and only there"
+            )
+        if self.k is not None:
+            _check_k(self.k)
+        _check_recall(self.recall)
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, (int, np.integer)) or k < 1:
+        raise ValueError(f"k is {k}; wanted at least 1")
+
+
+def _check_recall(recall: float | None) -> None:
+    if recall is not None and not 0 < recall < 1:
+        raise ValueError(f"recall is {recall}; wanted above 0 and below 1")
 
 
 DENSE = Reading()
@@ -72,7 +91,8 @@ def read(
     arrays, options = (q_BHTK, k_BGKM, v_BGKM, length_B), dict(scale=scale, deals=deals, seen=seen)
     if reading.k is None:
         return dense(*arrays, score_bytes=reading.score_bytes, **options)
-    return topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, **options)[0]
+    recall = reading.recall if reading.kind == "approximate" else None
+    return topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, recall=recall, **options)[0]
 
 
 # For each page of a memory which slots are read, bool [B, 1, 1, M] as they lie on devices, or None for all.
@@ -427,6 +447,7 @@ def topk(
     k: int,
     scale: float,
     score_bytes: int | None = None,
+    recall: float | None = None,
     deals: tuple[Deal, ...] = (),
     seen: Seen = (),
 ) -> tuple[attention.Partial, Array, Array]:
@@ -440,11 +461,17 @@ def topk(
     Args:
         q_BHTK, k_BGKM, v_BGKM, length_B, scale, score_bytes, deals, seen: as for `dense`.
         k: slots to retrieve, at least 1; may exceed what is filled.
+        recall: share of the k best that each selection is to find, above 0 and below 1; None: all. See `Reading`.
 
     Returns:
         The partial; slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32,
         unscaled, -inf there.
+
+    Raises:
+        ValueError: k below 1, a recall that is none; memory that was dealt to other devices than the mesh has.
     """
+    _check_k(k)
+    _check_recall(recall)
     B, H, T, _ = q_BHTK.shape
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
     N = min(k, sum(keys.shape[3] for keys, _ in pages))
@@ -452,30 +479,36 @@ def topk(
         nothing = jnp.full((B, H, T, k), -1, jnp.int32), jnp.full((B, H, T, k), -jnp.inf)
         return (dense(q_BHTK, k_BGKM, v_BGKM, length_B, scale=scale), *nothing)
     partial, slots, s = _on_devices(
-        functools.partial(_topk, N, scale, score_bytes), q_BHTK, pages, length_B, deals, seen
+        functools.partial(_topk, N, scale, score_bytes, recall), q_BHTK, pages, length_B, deals, seen
     )
     return partial, *_widened(k, slots, s)
 
 
 def _search(
-    N: int, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+    N: int,
+    score_bytes: int | None,
+    recall: float | None,
+    q_BHTK: Array,
+    parts: list[_Part],
+    axes: tuple[str, ...],
 ) -> tuple[Array, Array]:
     """Slots and scores [B, H, T, N], on every device the same."""
     B, H, T, _ = q_BHTK.shape
     G, largest = parts[0].arrays[0].shape[1], max(part.columns for part in parts)
-    one_pass = kernels.wanted(N, largest)
+    one_pass = recall is None and kernels.wanted(N, largest)
     if one_pass:
         query_block = max(1, min(T, (score_bytes or SCORE_BYTES) // (B * H * kernels.query_bytes(N))))
     else:
         query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
     keys = [part._replace(arrays=part.arrays[:1]) for part in parts]
+    best = _best if recall is None else functools.partial(jax.lax.approx_max_k, recall_target=recall)
     q_nBGQK = jax.vmap(functools.partial(attention.grouped, n_kv_heads=G))(_in_blocks(q_BHTK, query_block))
     if one_pass:
         s, slots = _select_in_one_pass(q_nBGQK, keys, N)
     elif T == 1 and slot_block == largest:
-        s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, slot_block))
+        s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, slot_block, best))
     else:
-        s, slots = _select(q_nBGQK, keys, N, _loadable(slot_block, keys))
+        s, slots = _select(q_nBGQK, keys, N, _loadable(slot_block, keys), best)
 
     def of_all(found: tuple[Array, Array]) -> tuple[Array, Array]:
         s, slots = _best_of_all(*found, N, axes) if axes else found
@@ -492,7 +525,11 @@ def _scores(q_BGQK: Array, keys: Array, counts: Array | None, others: Array | fl
     return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
 
 
-def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tuple[Array, Array]:
+# Greatest scores of the last axis and their indices, of (scores, how many).
+_Best = Callable[[Array, int], Sequence[Array]]
+
+
+def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int, best: _Best) -> tuple[Array, Array]:
     """The best slots of those that a device holds: scores, greatest first, -inf beyond what is filled, and numbers; N
     of them, or as many as it holds, [n, B, G, Q, N]. A block of keys is loaded once for all blocks of queries.
     """
@@ -502,8 +539,8 @@ def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tupl
         def one(block: tuple[Array, tuple[Array, Array]]) -> tuple[Array, Array]:
             q_BGQK, so_far = block
             s = _scores(q_BGQK, arrays[0], counts, -jnp.inf)
-            best, index = _best(s, min(N, s.shape[-1]))
-            return _better(so_far, (best, part.number(first + index)), N)
+            top, index = best(s, min(N, s.shape[-1]))
+            return _better(so_far, (top, part.number(first + index)), N)
 
         return _one_by_one(one, (q_nBGQK, so_far))
 
@@ -542,7 +579,7 @@ def _select_in_one_pass(q_nBGQK: Array, parts: list[_Part], N: int) -> tuple[Arr
     return _one_by_one(one, q_nBGQK)
 
 
-def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int) -> tuple[Array, Array]:
+def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int, best: _Best) -> tuple[Array, Array]:
     """The same, [B, G, Q, N], of a query whose scores are so few that all are made before the selection."""
 
     def write(part_s: Array | None, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Array:
@@ -553,7 +590,7 @@ def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int) 
 
     nothing = lambda columns: jnp.full((*q_BGQK.shape[:3], columns), -jnp.inf)
     each_s = _each_part(write, nothing, parts, slot_block)
-    s, index = _best(jnp.concatenate(each_s, axis=3), min(N, sum(part.columns for part in parts)))
+    s, index = best(jnp.concatenate(each_s, axis=3), min(N, sum(part.columns for part in parts)))
     slots, start = parts[0].number(index), parts[0].columns
     for part in parts[1:]:
         slots = jnp.where(index >= start, part.number(index - start), slots)
@@ -562,52 +599,74 @@ def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int) 
 
 
 def _topk(
-    N: int, scale: float, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
+    N: int,
+    scale: float,
+    score_bytes: int | None,
+    recall: float | None,
+    q_BHTK: Array,
+    parts: list[_Part],
+    axes: tuple[str, ...],
 ) -> tuple[attention.Partial, Array, Array]:
     B, H, T, K = q_BHTK.shape
     G = parts[0].arrays[0].shape[1]
-    found = _search(N, score_bytes, q_BHTK, parts, axes)
-    # Retrieved values are [B, H, T, N, K] before they are averaged: they have a budget too.
-    query_block = max(1, min(T, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
+    slots, s = found = _search(N, score_bytes, recall, q_BHTK, parts, axes)
+    of_heads = lambda x: x.reshape(B, G, -1, N)
+    slots_BGQN, s_BGQN = of_heads(slots), of_heads(s) * scale
+    top = jnp.max(s_BGQN, axis=-1, keepdims=True)
+    p_BGQN = jnp.exp(s_BGQN - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jnp.sum(p_BGQN, axis=-1, keepdims=True)
+    safe = jnp.where(total == 0.0, 1.0, total)
+    weight_BGQN = jnp.where(slots_BGQN >= 0, p_BGQN / safe, 0.0)
+    lse_BGQ = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
+    o_BGQK = jnp.zeros((*slots_BGQN.shape[:3], K), jnp.float32)
     dtype = jnp.promote_types(q_BHTK.dtype, parts[0].arrays[1].dtype)
-    turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), part.arrays[1]) for part in parts]
+    for part in parts:
+        slot = slots_BGQN - part.first
+        here = (slot >= 0) & (slot < part.slots)
+        if part.deal.ways > 1:
+            here &= part.deal.device(slot) == part.device
+        column_BGQN = jnp.where(here, part.deal.column(slot), -1)
 
-    def average(found: tuple[Array, Array]) -> attention.Partial:
-        slots, s = (x.reshape(B, G, -1, N) for x in found)
-        top = jnp.max(s * scale, axis=-1, keepdims=True)
-        p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
-        total = jnp.sum(p, axis=-1, keepdims=True)
-        safe = jnp.where(total == 0.0, 1.0, total)
-        weights = jnp.where(slots >= 0, p / safe, 0.0)
-        o = jnp.zeros((*s.shape[:3], K), jnp.float32)
-        for part, v_BGPK in zip(parts, turned, strict=True):
-            slot = slots - part.first
-            here = (slot >= 0) & (slot < part.slots)
-            if part.deal.ways > 1:
-                here &= part.deal.device(slot) == part.device
+        def add(o_BGQK: Array, values=part.arrays[1], column_BGQN=column_BGQN) -> Array:
+            return o_BGQK + _weighted_sum(values, column_BGQN, weight_BGQN, dtype, score_bytes or RETRIEVED_BYTES)
 
-            def add(o: Array, part=part, v_BGPK=v_BGPK, here=here, slot=slot) -> Array:
-                column = part.deal.column(slot)
-                if kernels.fetches(slot.shape[2], part.columns):
-                    return o + kernels.weighted_sum(part.arrays[1], jnp.where(here, column, -1), weights)
-                index = jnp.where(here, column, 0)
-                each = lambda take, v: loaded(jax.tree.map(lambda x: jax.vmap(jax.vmap(take))(x, index), v))
-                if index.shape[2] * N < part.columns:  # a few columns of values
-                    v_BGQNK = jnp.moveaxis(each(lambda v_KM, index_QN: v_KM[:, index_QN], part.arrays[1]), 2, 4)
-                else:  # so many that the values are turned round first, once for all blocks of queries
-                    v_BGQNK = each(lambda v_MK, index_QN: v_MK[index_QN], v_BGPK)
-                mine = jnp.where(here, weights, 0.0).astype(dtype)
-                sums = dict(preferred_element_type=jnp.float32)
-                return o + jnp.einsum("bgqn,bgqnk->bgqk", mine, v_BGQNK.astype(dtype), **sums)
+        o_BGQK = jax.lax.cond(jnp.any(here), add, lambda o: o, o_BGQK)
+    if axes:
+        o_BGQK = jax.lax.psum(o_BGQK, axes)
+    return attention.Partial(o_BGQK.reshape(q_BHTK.shape), lse_BGQ.reshape(B, H, T)), *found
 
-            o = jax.lax.cond(jnp.any(here), add, lambda o: o, o)
-        if axes:
-            o = jax.lax.psum(o, axes)
-        lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
-        heads = lambda x: x.reshape(B, H, -1, *x.shape[3:])
-        return attention.Partial(heads(o), heads(lse[..., 0]))
 
-    return _over_query_blocks(average, found, query_block), *found
+def _weighted_sum(values: Buffer, column_BGQN: Array, weight_BGQN: Array, dtype: Any, budget: int) -> Array:
+    """sum over n of weight x the value in a column (below 0: none): float32 [B, G, Q, K], of products in `dtype`.
+
+    Many queries of a head have its values turned round first, so that each lies together; heads then go one by one, or
+    a copy of all values would be there at a time, and queries in blocks that retrieve no more than `budget` bytes.
+    """
+    B, G, K, M = values.shape
+    Q, N = column_BGQN.shape[2:]
+    if kernels.fetches(Q, M):
+        return kernels.weighted_sum(values, column_BGQN, weight_BGQN)
+    turned = Q * N >= M or sharding.platform() == "tpu"  # whose compiler turns all of them to take a column
+
+    def of_query(values: Buffer, column_N: Array, weight_N: Array) -> Array:
+        index_N = jnp.maximum(column_N, 0)
+        v_NK = loaded(jax.tree.map(lambda x: x[index_N] if turned else x[:, index_N].T, values))
+        weight_N = jnp.where(column_N >= 0, weight_N, 0.0).astype(dtype)
+        return jnp.einsum("n,nk->k", weight_N, v_NK.astype(dtype), preferred_element_type=jnp.float32)
+
+    def of_head(head: tuple[Buffer, Array, Array]) -> Array:
+        values, column_QN, weight_QN = head
+        if turned:
+            values = jax.tree.map(lambda x: kernels.turned(x) if kernels.turns(x) else x.T, values)
+        block = max(1, min(Q, budget // (4 * N * K)))
+        return jax.lax.map(lambda query: of_query(values, *query), (column_QN, weight_QN), batch_size=block)
+
+    given = values, column_BGQN, weight_BGQN
+    if not turned and 4 * B * G * Q * N * K <= budget:
+        of_all = jax.vmap(of_query, in_axes=(None, 0, 0))
+        return jax.vmap(jax.vmap(of_all))(*given)
+    flat = jax.tree.map(lambda x: x.reshape(B * G, *x.shape[2:]), given)
+    return _one_by_one(of_head, flat).reshape(B, G, Q, K)
 
 
 def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
@@ -624,27 +683,29 @@ def search(
     *,
     k: int,
     score_bytes: int | None = None,
+    recall: float | None = None,
     deals: tuple[Deal, ...] = (),
     seen: Seen = (),
 ) -> tuple[Array, Array]:
     """The k best slots of each query by inner product, exactly: what `topk` selects, without values.
 
     Args:
-        q_BHTK, k_BGKM, length_B, k, score_bytes, deals, seen: as for `topk`.
+        q_BHTK, k_BGKM, length_B, k, score_bytes, recall, deals, seen: as for `topk`.
 
     Returns:
         slots_BHTN int32, N = k, best first, -1 where fewer than k are filled; scores_BHTN float32, -inf there.
 
     Raises:
-        ValueError: k below 1.
+        ValueError: as for `topk`.
     """
-    Reading("topk", k)
+    _check_k(k)
+    _check_recall(recall)
     pages = [(keys,) for keys in _pages(k_BGKM)]
     N = min(k, sum(keys.shape[3] for (keys,) in pages))
     shape = q_BHTK.shape[:3]
     if not N:
         return jnp.full((*shape, k), -1, jnp.int32), jnp.full((*shape, k), -jnp.inf)
-    slots, s = _on_devices(functools.partial(_search, N, score_bytes), q_BHTK, pages, length_B, deals, seen)
+    slots, s = _on_devices(functools.partial(_search, N, score_bytes, recall), q_BHTK, pages, length_B, deals, seen)
     return _widened(k, slots, s)
 
 
@@ -684,7 +745,7 @@ def topk_attention(
     Raises:
         ValueError: k below 1, or shapes that do not fit.
     """
-    Reading("topk", k)
+    _check_k(k)
     B, M, G, K = k_BMGK.shape
     if v_BMGK.shape[:3] != (B, M, G) or q_BTHK.shape[0] != B or q_BTHK.shape[3] != K or q_BTHK.shape[2] % G:
         raise ValueError(
