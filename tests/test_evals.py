@@ -11,6 +11,7 @@ import pytest
 
 import fot_jax
 from fot_jax import memory, model
+from fot_jax.config import DtypePolicy
 from fot_jax.evals import Report, perplexity, quickstart
 
 CONFIG = fot_jax.ModelConfig(vocab_size=19, d_model=16, d_ff=24, n_layers=2, n_heads=2, window=4, mem_layers=(1,))
@@ -110,12 +111,27 @@ def test_report(params, tmp_path):
     assert json.loads((tmp_path / "nan.json").read_text()) == {"x": None}
 
 
+def test_memory_is_stored_as_asked(params):
+    options = perplexity.default_options()
+    options.update(memory_tokens=(0, 12), rows=2, memory_dtype="int8")
+    found = perplexity.run(CONFIG, params, options, documents(40, 33))
+    assert "int8" in found.title and found.values["options"]["memory_dtype"] == "int8"
+    as_int8 = CONFIG.replace(dtypes=DtypePolicy(memory="int8"))
+    options.memory_dtype = ""
+    same, exact = (perplexity.run(config, params, options, documents(40, 33)) for config in (as_int8, CONFIG))
+    assert found.values["perplexity"] == same.values["perplexity"]
+    assert found.values["perplexity"]["0"] == exact.values["perplexity"]["0"]
+    np.testing.assert_allclose(found.values["perplexity"]["12"], exact.values["perplexity"]["12"], rtol=0.01)
+    assert found.values["perplexity"]["12"] != exact.values["perplexity"]["12"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(mode="both"), "mode is 'both'"),
         (dict(memory_tokens=(-1,)), "memory_tokens is"),
         (dict(reading="near"), "memory reading is 'near'"),
+        (dict(memory_dtype="int4"), "dtypes.memory is 'int4'; wanted one of float32, bfloat16, float16, int8"),
         (dict(rows=0), "rows is 0 and max_tokens 0; wanted at least 1 and 0"),
         (dict(mode="multi", rows=1), "rows is 1 for 1 documents; mode 'multi' wanted at least two documents a row"),
     ],

@@ -10,6 +10,7 @@ before the current window, so that only memory can show it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ def default_options() -> ConfigDict:
             mode="single",  # "single": memory cleared at each document; "multi": kept across documents
             reading="dense",  # or "topk"
             k=32,  # slots a query retrieves, for "topk"
+            memory_dtype="",  # what memory is stored in: float32, bfloat16, float16 or int8; "": the checkpoint's
             rows=16,  # documents read side by side; "multi" reads all of a row's documents with one memory
             max_tokens=0,  # tokens taken of each document, from its start; 0: all
         )
@@ -182,11 +184,18 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
     if options.rows < 1 or options.max_tokens < 0:
         raise ValueError(f"rows is {options.rows} and max_tokens {options.max_tokens}; wanted at least 1 and 0")
     memory.Reading(options.reading, options.k if options.reading == "topk" else None)
+    _stored(config, options)
+
+
+def _stored(config: ModelConfig, options: ConfigDict) -> ModelConfig:
+    """The model with memory in the dtype that is asked for."""
+    return config.replace(dtypes=dataclasses.replace(config.dtypes, memory=options.memory_dtype or config.mem_dtype))
 
 
 def described(options: Any) -> str:
-    """How memory is read, in words: "dense", or "top-k, k=16"."""
-    return "dense" if options["reading"] == "dense" else f"top-k, k={options['k']}"
+    """How memory is read, in words: "dense", or "top-k, k=16, int8"."""
+    way = "dense" if options["reading"] == "dense" else f"top-k, k={options['k']}"
+    return f"{way}, {options['memory_dtype']}" if options.get("memory_dtype") else way
 
 
 def run(
@@ -208,6 +217,7 @@ def run(
         ValueError: see `check`; no usable document; "multi" with fewer than two documents a row.
     """
     check(config, options)
+    config = _stored(config, options)
     reading = memory.Reading(options.reading, options.k if options.reading == "topk" else None)
     if options.mode == "multi" and 2 * options.rows > len(documents):
         raise ValueError(
