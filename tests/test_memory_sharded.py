@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import unittest.mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,6 +20,7 @@ from fot_jax import memory, sharding
 from fot_jax.config import DtypePolicy, ModelConfig
 from fot_jax.generate import decode, prefill
 from fot_jax.generate.saved import load_reader, save_reader
+from fot_jax.memory import cache
 
 # Axes of the mesh: memory alone, over two, four and eight devices; with heads; with rows; with both.
 MESHES = {
@@ -48,19 +50,21 @@ def model_config(G, H, K, layers=1, window=8, dtype="float32"):
 APPEND = jax.jit(memory.append, donate_argnums=0)
 
 
-def held(config, keys_BGMK, values_BGMK, length_B, pieces=(7, 5, 300)):
+def held(config, keys_BGMK, values_BGMK, length_B, pieces=(7, 5, 300), paged=False, append=APPEND):
     """A memory, on the mesh that is set, appended piece by piece with each row's first tokens."""
     B, _, M, _ = keys_BGMK.shape
-    mem = memory.place(memory.init_memory(config, B, M))
+    with unittest.mock.patch.object(cache, "FIRST_PAGE_BYTES", 1):
+        mem = memory.place((memory.init_pages if paged else memory.init_memory)(config, B, M))
+    most = min(page.capacity for page in mem.pages)
     done_B, turn = np.zeros(B, np.int32), 0
     while (done_B < length_B).any():
-        T = min(pieces[turn % len(pieces)], M)
+        T = min(pieces[turn % len(pieces)], most)
         count_B = np.minimum(T, length_B - done_B)
         new = []
         for x in (keys_BGMK, values_BGMK):
             rows = [row[:, start : start + T] for row, start in zip(x, done_B)]
             new.append(np.stack([np.pad(row, ((0, 0), (0, T - row.shape[1]), (0, 0))) for row in rows]))
-        mem = APPEND(mem, *([jnp.swapaxes(x, 2, 3)] for x in new), count_B)
+        mem = append(mem, *([jnp.swapaxes(x, 2, 3)] for x in new), count_B)
         done_B, turn = done_B + count_B, turn + 1
     np.testing.assert_array_equal(mem.length_B, length_B)
     return mem
