@@ -18,6 +18,7 @@ from fot_jax.memory.cache import (
 from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, seen_slots, take
 from fot_jax.memory.forecast import Forecast, forecast
 from fot_jax.memory.reading import DENSE, KINDS, Reading, dense, read, search, topk, topk_attention
+from fot_jax.memory.saving import SavedMemoryError, describe, load, save
 from fot_jax.memory.stored import Int8
 
 __all__ = [
@@ -29,22 +30,26 @@ __all__ = [
     "Int8",
     "Pages",
     "Reading",
+    "SavedMemoryError",
     "append",
     "clear",
     "compact",
     "constrain",
     "dense",
+    "describe",
     "evict_oldest",
     "forecast",
     "init_cache",
     "init_memory",
     "init_pages",
+    "load",
     "merge",
     "place",
     "places",
     "power_of_two",
     "read",
     "restrict",
+    "save",
     "search",
     "seen_slots",
     "take",
