@@ -32,9 +32,10 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(RUN_STAMP)
+bench: $(VENV)/.installed-bench
 	$(VENV)/bin/python bench/train_step.py
 	$(VENV)/bin/python bench/inference.py
+	$(VENV)/bin/python bench/topk.py
 
 clean:
 	rm -rf .venv-* build *.egg-info results/quickstart*
@@ -50,6 +51,6 @@ $(RUN_STAMP): setup.py pyproject.toml | $(VENV)/bin/python
 	$(PIP) --editable .
 	@touch $@
 
-$(DEV_STAMP): setup.py pyproject.toml | $(VENV)/bin/python
-	$(PIP) --editable '.[$(EXTRAS)]'
+$(VENV)/.installed-%: setup.py pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[$(subst -,$(comma),$*)]'
 	@touch $@ $(RUN_STAMP)

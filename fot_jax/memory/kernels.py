@@ -88,14 +88,10 @@ def best(q_BGQK: Array, keys: Buffer, filled_B: Array, seen: Array | None, k: in
     def one_pass(state: tuple) -> tuple:
         found, floor = state
         kept = run(floor)
-        # As with block maxima: the k best of all that is kept are in the k bins of the best first ones.
-        first = [x[:, :, 0] for x in kept]
-        bin_ = jnp.broadcast_to(jnp.arange(n), first[0].shape)
-        chosen = _in_order(*first, bin_)[2][..., None, :k]
-        of_bins = [jnp.take_along_axis(jnp.moveaxis(x, 2, 3), chosen, axis=-1) for x in kept]
-        new = [x.reshape(B, G, Q, KEPT * k) for x in of_bins]
-        best = _in_order(*(jnp.concatenate(both, axis=-1) for both in zip(found, new, strict=True)))
-        return tuple(x[..., :k] for x in best), tuple(x[:, :, -1] for x in kept)
+        # All of them are sorted: to gather some first would cost a TPU more.
+        new = in_order(*(jnp.moveaxis(x, 2, 3).reshape(B, G, Q, KEPT * n) for x in kept), k)
+        both = (jnp.concatenate(pair, axis=-1) for pair in zip(found, new, strict=True))
+        return in_order(*both, k), tuple(x[:, :, -1] for x in kept)
 
     nothing = jnp.full((B, G, Q, k), -jnp.inf), jnp.full((B, G, Q, k), -1, jnp.int32)
     everything = jnp.full((B, G, Q, n), jnp.inf), jnp.full((B, G, Q, n), -1, jnp.int32)
@@ -107,10 +103,10 @@ def _before(a: tuple[Array, Array], b: tuple[Array, Array]) -> Array:
     return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
 
 
-def _in_order(s: Array, column: Array, *others: Array) -> tuple[Array, ...]:
-    """Arrays by falling score, equal ones by column."""
-    falling, *rest = jax.lax.sort((-s, column, *others), dimension=s.ndim - 1, num_keys=2)
-    return -falling, *rest
+def in_order(s: Array, number: Array, k: int) -> tuple[Array, Array]:
+    """The k greatest scores of the last axis and the numbers that go with them; of equal ones the lowest first."""
+    falling, number = jax.lax.sort((-s, number), dimension=s.ndim - 1, num_keys=2)
+    return -falling[..., :k], number[..., :k]
 
 
 def _of_bins(

@@ -571,7 +571,8 @@ def _select_in_one_pass(q_nBGQK: Array, parts: list[_Part], N: int) -> tuple[Arr
             def select(found: tuple[Array, Array], part=part) -> tuple[Array, Array]:
                 k = min(N, part.columns)
                 s, column = kernels.best(q_BGQK, part.arrays[0], part.filled_B, part.seen, k)
-                return _better(found, (s, part.number(column)), N)
+                both = zip(found, (s, part.number(column)), strict=True)
+                return kernels.in_order(*(jnp.concatenate(pair, axis=-1) for pair in both), N)
 
             found = jax.lax.cond(jnp.max(part.filled_B) > 0, select, lambda found: found, found)
         return found
@@ -672,8 +673,7 @@ def _weighted_sum(values: Buffer, column_BGQN: Array, weight_BGQN: Array, dtype:
 def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
     """The N best of what every device found, on all of them: greatest first, ties to the lowest slot."""
     s, slots = (jax.lax.all_gather(x, axes, axis=3, tiled=True) for x in (s, slots))
-    falling, slots = jax.lax.sort((-s, slots), dimension=3, num_keys=2)
-    return -falling[..., :N], slots[..., :N]
+    return kernels.in_order(s, slots, N)
 
 
 def search(
