@@ -466,6 +466,15 @@ def test_caches_that_do_not_fit():
         memory.append(mem, [x, x], [x, x])
     with pytest.raises(ValueError, match="cache has 2 layers; wanted as many keys and values, found 1, 1"):
         memory.append(mem, [x], [x])
+    three = [x[..., :3]] * 2
+    mem = memory.append(mem, three, three)
+    with pytest.raises(ValueError, match="row 0 has 3 tokens and takes 3 more; wanted at most 4 together"):
+        memory.append(mem, three, three)
+    with pytest.raises(ValueError, match="row 0 has 3 tokens and takes 3 more; wanted at most 4 together"):
+        memory.merge(mem, mem)
+    np.testing.assert_array_equal(memory.append(mem, three, three, np.array([1])).length_B, [4])
+    with pytest.raises(ValueError, match=r"new keys or values are \(1, 1, 2, 1\); wanted \(1, 2, 2\) and tokens"):
+        memory.append(mem, [x[:, :1, :, :1]] * 2, [x[:, :1, :, :1]] * 2)
 
 
 def test_forecasts_are_what_is_allocated():

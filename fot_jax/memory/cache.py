@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -291,10 +292,11 @@ def append(
         count_B: int32, how many of the T tokens, from the first, each row takes. None: all.
 
     Returns:
-        The new cache. A row holds at most its capacity: tokens beyond are not kept, so callers make room first.
+        The new cache. A row holds at most its capacity: inside a program, which cannot know, tokens beyond are not
+        kept, so callers make room first.
 
     Raises:
-        ValueError: layers or lengths that do not fit.
+        ValueError: layers or lengths that do not fit; outside a program, rows without room.
     """
     pages, layers = cache.pages, (len(cache.keys), len(cache.values))
     if (len(keys), len(values)) != layers:
@@ -313,6 +315,7 @@ def append(
         raise ValueError(f"{T} tokens do not fit a cache of capacity {room}")
     length_B = cache.length_B
     count_B = jnp.full_like(length_B, T) if count_B is None else count_B
+    check_room(cache, count_B)
     out, first = [], 0
     for page in pages:
         start_B, end_B = length_B - first, jnp.clip(length_B + count_B - first, 0, page.capacity)
@@ -324,6 +327,24 @@ def append(
         out.append(dataclasses.replace(page, length_B=end_B))
         first += page.capacity
     return cache.with_pages(out)
+
+
+def check_room(cache: Cache | Pages, count_B: Array) -> None:
+    """Refuses tokens that a row has no room for, where numbers are known: outside of programs.
+
+    Raises:
+        ValueError: such a row.
+    """
+    length_B = cache.length_B
+    if isinstance(length_B, jax.core.Tracer) or isinstance(count_B, jax.core.Tracer):
+        return
+    length_B, count_B = np.asarray(length_B), np.asarray(count_B)
+    row = int(np.argmax(length_B + count_B))
+    if length_B[row] + count_B[row] > cache.capacity:
+        raise ValueError(
+            f"row {row} has {length_B[row]} tokens and takes {count_B[row]} more; wanted at most {cache.capacity} "
+            "together, the capacity"
+        )
 
 
 def _write_page(news: tuple, start_B: Array, count_B: Array, page: Cache) -> Cache:

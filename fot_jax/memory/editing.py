@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fot_jax.memory.cache import Cache, Pages, append, check_deals, on_devices
+from fot_jax.memory.cache import Cache, Pages, append, check_deals, check_room, on_devices
 from fot_jax.memory.stored import Buffer
 
 Array = jax.Array
@@ -142,15 +142,17 @@ def _copied(cache: Cache | Pages, other: Cache | Pages, first_B: Array | int) ->
 def merge(cache: Cache | Pages, other: Cache | Pages) -> Cache | Pages:
     """The first memory with the tokens of another behind its own, row by row; of both the same layers.
 
-    Numbers are copied as they are stored where formats are the same. A row holds at most its capacity: tokens beyond
-    are not kept, so callers see to it that there is room. Where reading of the first is restricted, the mask says of
-    their slots whether the new tokens are read.
+    Numbers are copied as they are stored where formats are the same. A row holds at most its capacity: inside a program
+    tokens beyond are not kept, so callers see to it that there is room. Where reading of the first is restricted, the
+    mask says of their slots whether the new tokens are read.
 
     Raises:
-        ValueError: layers or heads that do not fit; another memory of which only some slots are read.
+        ValueError: layers or heads that do not fit; another memory of which only some slots are read; outside a
+            program, rows without room.
     """
     if any(page.seen is not None for page in other.pages):
         raise ValueError("the other memory is restricted to some slots; wanted all to be read: restrict(other, None)")
     if not other.keys or not other.capacity or not cache.capacity:
         return cache
+    check_room(cache, other.length_B)
     return _copied(cache, other, 0)
