@@ -217,7 +217,7 @@ def placed_with(params: Any, tree: Any) -> Any:
     where = leaf.sharding
     if isinstance(where, jax.sharding.NamedSharding):
         where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(tree, where, donate=True)
+    return jax.device_put(tree, jax.tree.map(lambda x: memories.of_kind(where, x), tree), donate=True)
 
 
 def prefill(

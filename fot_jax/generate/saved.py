@@ -81,7 +81,8 @@ def save_reader(
             for layer in range(len(getattr(cache, name))):
                 buffers = [getattr(page, name)[layer] for page in cache.pages]
                 for part in _PARTS if isinstance(buffers[0], memories.Int8) else ("",):
-                    tensors[f"{kind}.{name}.{layer}{part}"] = _filled(buffers, part, cache.deals, filled)
+                    found = _filled(buffers, part, cache.deals, filled, config.head_size)
+                    tensors[f"{kind}.{name}.{layer}{part}"] = found
     if any(seen is not None for seen in reader.mem.each_seen):
         tensors["memory.seen"] = np.asarray(memories.seen_slots(reader.mem))
     metadata = {
@@ -101,14 +102,14 @@ def save_reader(
 _PARTS = {".numbers": "numbers", ".scale": "scale"}
 
 
-def _filled(buffers: Sequence[Any], part: str, deals: tuple[memories.Deal, ...], filled: int) -> np.ndarray:
+def _filled(buffers: Sequence[Any], part: str, deals: tuple[memories.Deal, ...], filled: int, K: int) -> np.ndarray:
     """[B, G, K, filled] of the buffers of pages, or of a part of them, in the order of slots."""
     parts, start = [], 0
     for page, deal in zip(buffers, deals, strict=True):
         page = getattr(page, _PARTS[part]) if part else page
         if start < filled or not parts:
             whole = page if deal.ways == 1 else deal.in_order(np.asarray(page))
-            parts.append(np.asarray(whole[..., : filled - start]))
+            parts.append(np.asarray(whole[:, :, :K, : filled - start]))
         start += page.shape[-1]
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 

@@ -2,7 +2,8 @@
 
 On several, each scores the slots it holds. Dense partials merge to the softmax over all of them. For top-k each device
 offers its k best, scores and slot numbers alone are gathered, so that every device knows the k best of all, and each
-averages the values that it holds. Keys and values never move, and the slots are those that one device finds.
+averages the values that it holds. Keys and values never move, and the slots are those that one device finds. Values in
+the host's memory are read by top-k alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import attention, sharding
-from fot_jax.memory import kernels
+from fot_jax.memory import host, kernels
 from fot_jax.memory.cache import Deal, check_deals, places, power_of_two
 from fot_jax.memory.stored import Buffer, Int8, loaded
 
@@ -177,6 +178,14 @@ class _Part(NamedTuple):
     def number(self, column: Array) -> Array:
         """Numbers of the slots in columns."""
         return self.first + self.deal.slot(self.device, column)
+
+    def column(self, number: Array) -> Array:
+        """The other way: columns of slots, -1 for those that are not here."""
+        slot = number - self.first
+        here = (slot >= 0) & (slot < self.slots)
+        if self.deal.ways > 1:
+            here &= self.deal.device(slot) == self.device
+        return jnp.where(here, self.deal.column(slot), -1)
 
     @property
     def whole(self) -> tuple[tuple[Array, ...], _Part, int, Array]:
@@ -364,9 +373,11 @@ def dense(
         The partial; zero and -inf for a row whose memory is empty.
 
     Raises:
-        ValueError: memory that was dealt to other devices than the mesh has.
+        ValueError: memory that was dealt to other devices than the mesh has, or whose values are on the host.
     """
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
+    if any(values.shape[3] and host.holds(values) for _, values in pages):
+        raise ValueError("values are on the host, of which dense reading would need all; wanted reading by top-k")
     return _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals, seen)
 
 
@@ -567,47 +578,57 @@ def _topk(
     B, H, T, K = q_BHTK.shape
     G = parts[0].arrays[0].shape[1]
     found = _search(N, score_bytes, q_BHTK, parts, axes)
-    # Retrieved values are [B, H, T, N, K] before they are averaged: they have a budget too.
-    query_block = max(1, min(T, (score_bytes or 64 * 2**20) // (4 * B * H * N * K)))
+    budget = score_bytes or 64 * 2**20  # retrieved values are [B, H, T, N, K] before they are averaged
     dtype = jnp.promote_types(q_BHTK.dtype, parts[0].arrays[1].dtype)
-    turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), part.arrays[1]) for part in parts]
 
-    def average(found: tuple[Array, Array]) -> attention.Partial:
+    def average(found: tuple[Array, Array], add_all: Callable[[Array, Array], Array]) -> attention.Partial:
+        """By what adds up the values of slots [B, G, Q, N], times weights."""
         slots, s = (x.reshape(B, G, -1, N) for x in found)
         top = jnp.max(s * scale, axis=-1, keepdims=True)
         p = jnp.exp(s * scale - jnp.where(top == -jnp.inf, 0.0, top))
         total = jnp.sum(p, axis=-1, keepdims=True)
         safe = jnp.where(total == 0.0, 1.0, total)
-        weights = jnp.where(slots >= 0, p / safe, 0.0)
-        o = jnp.zeros((*s.shape[:3], K), jnp.float32)
-        for part, v_BGPK in zip(parts, turned, strict=True):
-            slot = slots - part.first
-            here = (slot >= 0) & (slot < part.slots)
-            if part.deal.ways > 1:
-                here &= part.deal.device(slot) == part.device
-
-            def add(o: Array, part=part, v_BGPK=v_BGPK, here=here, slot=slot) -> Array:
-                column = part.deal.column(slot)
-                if kernels.fetches(slot.shape[2], part.columns):
-                    return o + kernels.weighted_sum(part.arrays[1], jnp.where(here, column, -1), weights)
-                index = jnp.where(here, column, 0)
-                each = lambda take, v: loaded(jax.tree.map(lambda x: jax.vmap(jax.vmap(take))(x, index), v))
-                if index.shape[2] * N < part.columns:  # a few columns of values
-                    v_BGQNK = jnp.moveaxis(each(lambda v_KM, index_QN: v_KM[:, index_QN], part.arrays[1]), 2, 4)
-                else:  # so many that the values are turned round first, once for all blocks of queries
-                    v_BGQNK = each(lambda v_MK, index_QN: v_MK[index_QN], v_BGPK)
-                mine = jnp.where(here, weights, 0.0).astype(dtype)
-                sums = dict(preferred_element_type=jnp.float32)
-                return o + jnp.einsum("bgqn,bgqnk->bgqk", mine, v_BGQNK.astype(dtype), **sums)
-
-            o = jax.lax.cond(jnp.any(here), add, lambda o: o, o)
+        o = add_all(slots, jnp.where(slots >= 0, p / safe, 0.0))
         if axes:
             o = jax.lax.psum(o, axes)
         lse = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
         heads = lambda x: x.reshape(B, H, -1, *x.shape[3:])
         return attention.Partial(heads(o), heads(lse[..., 0]))
 
-    return _over_query_blocks(average, found, query_block), *found
+    if any(host.holds(part.arrays[1]) for part in parts):
+
+        def add_from_host(slots: Array, weights: Array) -> Array:
+            options = dict(dtype=dtype, some_bytes=budget)
+            each = [(part.arrays[1], part.column(slots), weights, part.filled_B) for part in parts]
+            return sum(host.weighted_sum(*of_part, **options) for of_part in each)[..., :K]
+
+        return average(found, add_from_host), *found
+
+    query_block = max(1, min(T, budget // (4 * B * H * N * K)))
+    turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 2, 3), part.arrays[1]) for part in parts]
+
+    def add_all(slots: Array, weights: Array) -> Array:
+        o = jnp.zeros((*slots.shape[:3], K), jnp.float32)
+        for part, v_BGPK in zip(parts, turned, strict=True):
+            column = part.column(slots)
+
+            def add(o: Array, part=part, v_BGPK=v_BGPK, column=column) -> Array:
+                if kernels.fetches(column.shape[2], part.columns):
+                    return o + kernels.weighted_sum(part.arrays[1], column, weights)
+                index = jnp.maximum(column, 0)
+                each = lambda take, v: loaded(jax.tree.map(lambda x: jax.vmap(jax.vmap(take))(x, index), v))
+                if index.shape[2] * N < part.columns:  # a few columns of values
+                    v_BGQNK = jnp.moveaxis(each(lambda v_KM, index_QN: v_KM[:, index_QN], part.arrays[1]), 2, 4)
+                else:  # so many that the values are turned round first, once for all blocks of queries
+                    v_BGQNK = each(lambda v_MK, index_QN: v_MK[index_QN], v_BGPK)
+                mine = jnp.where(column >= 0, weights, 0.0).astype(dtype)
+                sums = dict(preferred_element_type=jnp.float32)
+                return o + jnp.einsum("bgqn,bgqnk->bgqk", mine, v_BGQNK.astype(dtype), **sums)
+
+            o = jax.lax.cond(jnp.any(column >= 0), add, lambda o: o, o)
+        return o
+
+    return _over_query_blocks(functools.partial(average, add_all=add_all), found, query_block), *found
 
 
 def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
