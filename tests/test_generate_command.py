@@ -202,6 +202,16 @@ def test_an_approximate_search_says_what_it_finds(command):
     assert status == 0 and "recall" not in found
 
 
+def test_values_may_lie_on_the_host(command, tmp_path):
+    options = ["--max-new-tokens", 30, "--memory", "topk", "--k", 3]
+    wanted = command("--prompt", PROMPT, *options)[3]["results"][0]["tokens"]
+    status, _, _, found = command("--prompt", PROMPT, *options, "--values-on-host", "--save-memory", tmp_path / "read")
+    assert status == 0 and found["results"][0]["tokens"] == wanted
+    for more in ([], ["--values-on-host"]):
+        status, _, _, found = command("--load-memory", tmp_path / "read", *options, *more)
+        assert status == 0 and found["results"][0]["tokens"] == wanted
+
+
 def test_a_budget_bounds_memory(command):
     # 2 heads x 8 dimensions x 2 x 4 bytes = 128 bytes a token, windows of 16.
     status, _, _, found = command("--prompt", PROMPT, "--max-new-tokens", 5, "--memory-bytes", "64K")
@@ -224,6 +234,7 @@ def test_a_budget_bounds_memory(command):
         (["--prompt", "a", "--save-memory", "/tmp"], "/tmp: a folder; wanted a file's name"),
         (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--memory", "topk"], "wanted k for 'topk'"),
+        (["--prompt", "a", "--values-on-host"], "--values-on-host with --memory dense, .* wanted topk or approximate"),
         (["--prompt", "a", "--k", "3"], "wanted k for 'topk' and 'approximate', and only there"),
         (["--prompt", "a", "--last-context-length", "17"], r"--last-context-length is 17; wanted 1\.\.16"),
         (["--prompt", "a", "--max-new-tokens", "-1"], "argument --max-new-tokens: '-1'; wanted a whole number"),

@@ -190,9 +190,9 @@ def memory_tokens(config: ModelConfig, rows: int, needed: int) -> int:
     return config.window * max(memories.power_of_two(-(-needed // config.window)), rounded_down)
 
 
-def new_reader(config: ModelConfig, rows: int, memory_capacity: int) -> Reader:
+def new_reader(config: ModelConfig, rows: int, memory_capacity: int, values_on_host: bool = False) -> Reader:
     """A reader that has read nothing, with room for `memory_capacity` tokens a row in memory, rounded up to whole
-    windows.
+    windows. For `values_on_host` see `memory.init_memory`.
     """
     zeros = lambda dtype, *shape: jnp.zeros((rows, *shape), dtype)
     return Reader(
@@ -201,7 +201,7 @@ def new_reader(config: ModelConfig, rows: int, memory_capacity: int) -> Reader:
         ended_B=zeros(bool),
         length_B=zeros(jnp.int32),
         local=memories.init_cache(config, rows, config.n_layers, config.window, config.dtypes.compute),
-        mem=memories.init_pages(config, rows, memory_capacity),
+        mem=memories.init_pages(config, rows, memory_capacity, values_on_host),
     )
 
 
@@ -217,7 +217,7 @@ def placed_with(params: Any, tree: Any) -> Any:
     where = leaf.sharding
     if isinstance(where, jax.sharding.NamedSharding):
         where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
-    return jax.device_put(tree, where, donate=True)
+    return jax.device_put(tree, jax.tree.map(lambda x: memories.of_kind(where, x), tree), donate=True)
 
 
 def prefill(
@@ -232,6 +232,7 @@ def prefill(
     memory_capacity: int | None = None,
     score_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
+    values_on_host: bool = False,
 ) -> Reader:
     """Reads prompts of any length; see `generate` for the arguments.
 
@@ -256,7 +257,8 @@ def prefill(
             f"prompt of {length_B.max()} tokens and {room} new ones need a memory of {needed} slots; "
             f"memory_capacity is {memory_capacity}"
         )
-    reader = placed_with(params, new_reader(config, B, memory_capacity or memory_tokens(config, B, needed)))
+    capacity = memory_capacity or memory_tokens(config, B, needed)
+    reader = placed_with(params, new_reader(config, B, capacity, values_on_host))
 
     tokens_BT = _flush_left(tokens_BT, mask_BT)
     prefix_B, mem = np.maximum(length_B - c, 0), reader.mem
@@ -532,6 +534,7 @@ def generate(
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
     score_bytes: int | None = None,
+    values_on_host: bool = False,
 ) -> Array:
     """New tokens after prompts of any length.
 
@@ -558,6 +561,7 @@ def generate(
             programs.
         top_k, top_p, repetition_penalty: see `Sampling`.
         score_bytes: bytes of scores over memory held at a time; see `memory.Reading`.
+        values_on_host: whether memory's values lie in the host's memory, for top-k; see `memory.init_memory`.
 
     Returns:
         int32 [B, N]: new tokens only. After a token of `config.eos_ids` a row is filled with `config.pad_id`; where
@@ -574,6 +578,6 @@ def generate(
         raise ValueError(f"temperature is {temperature} and key None; wanted a key where it is above 0")
     reading = memories.Reading(memory, k, score_bytes)
     inputs = tokens_BT, last_context_length, attention_mask, memory, k, max_new_tokens, memory_capacity, score_bytes
-    reader = prefill(config, params, *inputs)
+    reader = prefill(config, params, *inputs, values_on_host=values_on_host)
     options = dict(max_new_tokens=max_new_tokens, spill=spill, reading=reading)
     return decode(config, params, reader, sampling, key, **options)[0]

@@ -111,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--memory-dtype", choices=MEMORY_DTYPES, help="the checkpoint's by default")
     memory.add_argument("--memory-bytes", type=_bytes, metavar="SIZE", help="bound of the memory's size, as in 2G")
     memory.add_argument("--score-bytes", type=_bytes, metavar="SIZE", help="bytes of scores over memory at a time")
+    memory.add_argument("--values-on-host", action="store_true", help="in the host's memory, for topk and approximate")
     memory.add_argument("--save-memory", metavar="FILE", help="writes what was read, once the prompt is")
     memory.add_argument("--load-memory", metavar="FILE", help="goes on from there; a prompt is read after it")
 
@@ -305,6 +306,10 @@ def run(args: argparse.Namespace) -> None:
     """Checks, then reading, then writing."""
     numbers = args.temperature, args.top_k, args.top_p, args.repetition_penalty
     sampling, reading = Sampling(*numbers), memories.Reading(args.memory, args.k, args.score_bytes)
+    if args.values_on_host and reading.kind == "dense":
+        raise ValueError(
+            "--values-on-host with --memory dense, which would need all of them; wanted topk or approximate"
+        )
     if "" in args.stop:
         raise ValueError("--stop is empty; wanted at least 1 character")
     if args.stop and args.print_ids:
@@ -411,13 +416,14 @@ def _read(
     options = dict(memory=args.memory, k=args.k, score_bytes=args.score_bytes)
     reader = None
     if args.load_memory:
-        reader = load_reader(args.load_memory, config, params, rows=len(prompts), room=new, memory_capacity=capacity)
+        room = dict(room=new, memory_capacity=capacity, values_on_host=args.values_on_host)
+        reader = load_reader(args.load_memory, config, params, rows=len(prompts), **room)
     begin = clock.now()
     with _progress(total, clock, args.quiet) as progress:
         if reader is None:
             inputs = tokens_BT, args.last_context_length, mask_BT
             room = args.max_new_tokens
-            options |= dict(room=room, memory_capacity=capacity, progress=progress)
+            options |= dict(room=room, memory_capacity=capacity, progress=progress, values_on_host=args.values_on_host)
             reader = prefill(config, params, *inputs, **options)
         elif mask_BT.any():
             options |= dict(spill=args.spill, progress=progress)

@@ -109,6 +109,7 @@ def load_reader(
     rows: int | None = None,
     room: int = 0,
     memory_capacity: int | None = None,
+    values_on_host: bool = False,
 ) -> Reader:
     """What `save_reader` wrote, to go on from with `extend` and `decode`.
 
@@ -119,6 +120,7 @@ def load_reader(
         room: tokens to make room for in memory.
         memory_capacity: slots of memory to allocate for each row, rounded up to whole windows; what is there and `room`
             can need, in powers of two, by default.
+        values_on_host: whether memory's values are to lie in the host's memory; see `memory.init_memory`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -136,7 +138,8 @@ def load_reader(
             f"memory_capacity is {memory_capacity}"
         )
     rows = head["rows"] if rows is None else rows
-    empty = jax.eval_shape(lambda: new_reader(config, rows, memory_capacity or memory_tokens(config, rows, needed)))
+    make = lambda: new_reader(config, rows, memory_capacity or memory_tokens(config, rows, needed), values_on_host)
+    empty = make() if values_on_host else jax.eval_shape(make)
     with saving.opened(path, FORMAT) as file:
         arrays = saving.read(file)
         if rows != head["rows"]:

@@ -17,6 +17,7 @@ from fot_jax.memory.cache import (
 )
 from fot_jax.memory.editing import clear, evict_oldest, merge, restrict, seen_slots, take
 from fot_jax.memory.forecast import Forecast, forecast
+from fot_jax.memory.host import of_kind
 from fot_jax.memory.reading import DENSE, KINDS, Reading, dense, read, search, topk, topk_attention
 from fot_jax.memory.saving import SavedMemoryError, describe, load, save
 from fot_jax.memory.stored import Int8
@@ -44,6 +45,7 @@ __all__ = [
     "init_pages",
     "load",
     "merge",
+    "of_kind",
     "place",
     "places",
     "power_of_two",

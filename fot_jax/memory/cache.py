@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from fot_jax import sharding
 from fot_jax.config import MAX_SIZE, ModelConfig
+from fot_jax.memory import host
 from fot_jax.memory.stored import Buffer, Int8, empty, stored, vector_bytes
 
 Array = jax.Array
@@ -66,6 +67,10 @@ class Deal:
             return slot
         rounds, rest = slot // (self.ways * self.block), slot % (self.ways * self.block)
         return rounds * self.block + jnp.clip(rest - device * self.block, 0, self.block)
+
+    def most_columns(self, slots: int) -> int:
+        """As many columns of a device as can be among `slots` that follow one another."""
+        return slots if self.ways == 1 else (-(-slots // (self.ways * self.block)) + 1) * self.block
 
     def in_order(self, x: Array) -> Array:
         """An array [..., M] as it lies on devices, in the order of slots."""
@@ -112,7 +117,8 @@ class Cache:
     """Keys and values of some layers, appended to in place when donated.
 
     Attributes:
-        keys, values: one [B, G, K, M] array a layer, or `Int8`; un-rotated keys.
+        keys, values: one [B, G, K, M] array a layer, or `Int8`; un-rotated keys. Values may lie in the host's memory,
+            with K rounded up; see `init_memory`.
         length_B: int32, slots filled in every layer.
         deal: how slots lie on devices.
         seen: which slots are read, bool [B, 1, 1, M] as they lie; None for all that are filled. See `restrict`.
@@ -148,6 +154,11 @@ class Cache:
     def capacity(self) -> int:
         """M, slots a row can hold."""
         return self.keys[0].shape[3] if self.keys else 0
+
+    @property
+    def values_on_host(self) -> bool:
+        """Whether values lie in the host's memory."""
+        return any(map(host.holds, self.values))
 
     @property
     def nbytes(self) -> int:
@@ -205,6 +216,11 @@ class Pages:
         return sum(page.capacity for page in self.pages)
 
     @property
+    def values_on_host(self) -> bool:
+        """Whether values lie in the host's memory."""
+        return any(page.values_on_host for page in self.pages)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
         return sum(page.nbytes for page in self.pages)
@@ -227,14 +243,26 @@ def init_cache(config: ModelConfig, batch: int, layers: int, capacity: int, dtyp
     return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
-def init_memory(config: ModelConfig, batch: int, capacity: int) -> Cache:
+def init_memory(config: ModelConfig, batch: int, capacity: int, values_on_host: bool = False) -> Cache:
     """Empty memory of a model: its memory layers, in its memory dtype, dealt to the devices of the mesh's memory axis.
 
+    Args:
+        values_on_host: whether values lie in the host's memory, half of what memory takes. Top-k fetches those that it
+            retrieves, or has all pass through the device where queries are many; dense reading is refused.
+
     Raises:
-        ValueError: as `init_cache`, and a capacity that the devices do not divide.
+        ValueError: as `init_cache`; a capacity that the devices do not divide; values on a host whose memory the
+            devices do not reach, or on a TPU's in int8 or with other than multiples of 128 slots on a device.
     """
-    cache = init_cache(config, batch, len(config.mem_layers), capacity, config.mem_dtype)
-    return dataclasses.replace(cache, deal=dealt(cache.capacity))
+    if not values_on_host:
+        cache = init_cache(config, batch, len(config.mem_layers), capacity, config.mem_dtype)
+        return dataclasses.replace(cache, deal=dealt(cache.capacity))
+    none = init_memory(config, batch, 0)
+    _check_capacity(capacity)
+    shape, deal = (batch, config.n_kv_heads, config.head_size, capacity), dealt(capacity)
+    host.check(capacity // deal.ways, config.mem_dtype)
+    each = lambda make: tuple(make(shape, config.mem_dtype) for _ in config.mem_layers)
+    return dataclasses.replace(none, keys=each(empty), values=each(host.zeros), deal=deal)
 
 
 def token_bytes(config: ModelConfig) -> int:
@@ -242,12 +270,15 @@ def token_bytes(config: ModelConfig) -> int:
     return len(config.mem_layers) * 2 * config.n_kv_heads * vector_bytes(config.head_size, config.mem_dtype)
 
 
-def init_pages(config: ModelConfig, batch: int, capacity: int) -> Pages:
+def init_pages(config: ModelConfig, batch: int, capacity: int, values_on_host: bool = False) -> Pages:
     """Empty memory of a model in pages, with room for `capacity` tokens a row, rounded up to whole windows, and on a
     mesh to whole windows for each device of its memory axis; every page has room for a window.
 
+    Args:
+        values_on_host: as for `init_memory`.
+
     Raises:
-        ValueError: as `init_cache`.
+        ValueError: as `init_memory`.
     """
     none, W = init_memory(config, batch, 0), math.lcm(config.window, sharding.ways("memory"))
     capacity = -(-capacity // W) * W
@@ -258,7 +289,7 @@ def init_pages(config: ModelConfig, batch: int, capacity: int) -> Pages:
     sizes = [min(W * power_of_two(-(-FIRST_PAGE_BYTES // key_bytes)), capacity)]
     while sum(sizes) < capacity:
         sizes.append(min(sum(sizes), capacity - sum(sizes)))
-    return Pages(tuple(init_memory(config, batch, size) for size in sizes))
+    return Pages(tuple(init_memory(config, batch, size, values_on_host) for size in sizes))
 
 
 def power_of_two(n: int) -> int:
@@ -266,19 +297,30 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _write(buffer_GKM: Array, new_GKT: Array, start: Array, count: Array, deal: Deal, device: Array | int) -> Array:
-    """A device's `buffer` with the first `count` of `new` from slot `start` on, those that fall outside left out; all
-    other slots as they were.
+def _write(buffer: Array, new: Array, start_B: Array, count_B: Array, deal: Deal, device: Array | int) -> Array:
+    """A device's `buffer` [B, G, K, M] with the first `count` of `new` [B, G, K, T] from slot `start` of each row on,
+    those that fall outside left out; all other slots as they were.
     """
-    M, T = buffer_GKM.shape[2], new_GKT.shape[2]
-    # As many columns as can be among T slots that follow one another.
-    size = min(M, T if deal.ways == 1 else (-(-T // (deal.ways * deal.block)) + 1) * deal.block)
-    first = jnp.clip(deal.before(jnp.maximum(start, 0), device), 0, M - size)
-    old = jax.lax.dynamic_slice_in_dim(buffer_GKM, first, size, axis=2)
-    t = deal.slot(device, first + jnp.arange(size)) - start
-    new = jnp.take(new_GKT, jnp.clip(t, 0, T - 1), axis=2)
-    mixed = jnp.where(((t >= 0) & (t < count))[None, None, :], new, old)
-    return jax.lax.dynamic_update_slice_in_dim(buffer_GKM, mixed, first, axis=2)
+    M, T = buffer.shape[3], new.shape[3]
+    size = min(M, deal.most_columns(T))
+    first_B = deal.before(jnp.maximum(start_B, 0), device)
+
+    def mixed(old_GKS: Array, new_GKT: Array, first: Array, start: Array, count: Array) -> Array:
+        t = deal.slot(device, first + jnp.arange(old_GKS.shape[2])) - start
+        new = jnp.take(new_GKT, jnp.clip(t, 0, T - 1), axis=2)
+        return jnp.where(((t >= 0) & (t < count))[None, None, :], new, old_GKS)
+
+    def one(buffer_GKM: Array, new_GKT: Array, first: Array, start: Array, count: Array) -> Array:
+        first = jnp.clip(first, 0, M - size)
+        old = jax.lax.dynamic_slice_in_dim(buffer_GKM, first, size, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(buffer_GKM, mixed(old, new_GKT, first, start, count), first, axis=2)
+
+    if not host.holds(buffer):
+        return jax.vmap(one)(buffer, new, first_B, start_B, count_B)
+    wider = host.span(size, M)
+    first_B = host.start(first_B, wider, M)
+    old = host.cut(buffer, first_B, wider, new.shape[2])
+    return host.put(buffer, jax.vmap(mixed)(old, new, first_B, start_B, count_B), first_B)
 
 
 def append(
@@ -351,8 +393,8 @@ def _write_page(news: tuple, start_B: Array, count_B: Array, page: Cache) -> Cac
     """A page with each row's first `count_B` of new (keys, values) from slot `start_B` on; its length as it was."""
 
     def write(device: Array | int, news: tuple, start_B: Array, count_B: Array, buffers: tuple) -> tuple:
-        each = jax.vmap(functools.partial(_write, deal=page.deal, device=device))
-        return jax.tree.map(lambda buffer, new: each(buffer, new, start_B, count_B), buffers, news)
+        each = lambda buffer, new: _write(buffer, new, start_B, count_B, page.deal, device)
+        return jax.tree.map(each, buffers, news)
 
     is_buffer = lambda x: isinstance(x, Int8)
     news = jax.tree.map(lambda like, new: stored(new, like), (page.keys, page.values), news, is_leaf=is_buffer)
@@ -414,13 +456,14 @@ def specs(tree: Any) -> Any:
 
 
 def place(tree: Any) -> Any:
-    """Caches and other arrays, put where `specs` says on the mesh of `jax.set_mesh`; the tree is used up. Without a
-    mesh, the tree itself.
+    """Caches and other arrays, put where `specs` says on the mesh of `jax.set_mesh`, those on the host staying there;
+    the tree is used up. Without a mesh, the tree itself.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return tree
-    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree)), donate=True)
+    where = jax.tree.map(lambda x, spec: host.of_kind(NamedSharding(mesh, spec), x), tree, specs(tree))
+    return jax.device_put(tree, where, donate=True)
 
 
 def constrain(tree: Any) -> Any:

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from fot_jax.memory import host
 from fot_jax.memory.cache import Cache, Pages, append, check_deals, check_room, on_devices
 from fot_jax.memory.stored import Buffer
 
@@ -42,8 +43,8 @@ def evict_oldest(cache: Cache | Pages, count_B: Array) -> Cache | Pages:
     columns_B = rounds_B * (round_ // deal.ways)
 
     def shift(device: Array | int, columns_B: Array, buffers: tuple) -> tuple:
-        one = jax.vmap(lambda x_GKM, columns: jnp.roll(x_GKM, -columns, axis=2))
-        return jax.tree.map(lambda x: one(x, columns_B), buffers)
+        roll = jax.vmap(lambda x_GKM, columns: jnp.roll(x_GKM, -columns, axis=2))
+        return jax.tree.map(lambda x: (host.moved_down if host.holds(x) else roll)(x, columns_B), buffers)
 
     keys, values = on_devices(shift, cache, columns_B)
     gone_B, seen = rounds_B * round_, cache.seen
@@ -118,10 +119,19 @@ def _take_of_page(page: Cache, slot_BT: Array) -> tuple[tuple[Buffer, ...], tupl
     def read(device: Array | int, first_B: Array, buffers: tuple) -> tuple:
         slot_BT = first_B[:, None] + t[None]
         mine = (slot_BT >= 0) & (slot_BT < page.capacity) & (page.deal.device(slot_BT) == device)
-        column = jnp.where(mine, page.deal.column(slot_BT), 0)[:, None, None, :]
-        each = lambda x: jnp.where(
-            mine[:, None, None, :], jnp.take_along_axis(x, column, axis=3), jnp.zeros((), x.dtype)
-        )
+        column_BT = jnp.where(mine, page.deal.column(slot_BT), 0)
+
+        def each(x: Array) -> Array:
+            column = column_BT
+            if host.holds(x):
+                size = host.span(page.deal.most_columns(len(t)), x.shape[3])
+                before_B = page.deal.before(jnp.clip(first_B, 0, page.capacity), device)
+                from_B = host.start(before_B, size, x.shape[3])
+                x = host.cut(x, from_B, size, page.keys[0].shape[2])
+                column = jnp.where(mine, column - from_B[:, None], 0)
+            found = jnp.take_along_axis(x, column[:, None, None, :], axis=3)
+            return jnp.where(mine[:, None, None, :], found, jnp.zeros((), x.dtype))
+
         return jax.tree.map(each, buffers)
 
     return on_devices(read, page, first_B, whole=True)

@@ -2,7 +2,8 @@
 
 On several, each scores the slots it holds. Dense partials merge to the softmax over all of them. For top-k each device
 offers its k best, scores and slot numbers alone are gathered, so that every device knows the k best of all, and each
-averages the values that it holds. Keys and values never move, and the slots are those that one device finds.
+averages the values that it holds. Keys and values never move, and the slots are those that one device finds. Values in
+the host's memory are read by top-k alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import attention, sharding
-from fot_jax.memory import kernels
+from fot_jax.memory import host, kernels
 from fot_jax.memory.cache import Deal, check_deals, places, power_of_two
 from fot_jax.memory.stored import Buffer, Int8, loaded
 
@@ -197,6 +198,14 @@ class _Part(NamedTuple):
     def number(self, column: Array) -> Array:
         """Numbers of the slots in columns."""
         return self.first + self.deal.slot(self.device, column)
+
+    def column(self, number: Array) -> Array:
+        """The other way: columns of slots, -1 for those that are not here."""
+        slot = number - self.first
+        here = (slot >= 0) & (slot < self.slots)
+        if self.deal.ways > 1:
+            here &= self.deal.device(slot) == self.device
+        return jnp.where(here, self.deal.column(slot), -1)
 
     @property
     def whole(self) -> tuple[tuple[Array, ...], _Part, int, Array]:
@@ -384,9 +393,11 @@ def dense(
         The partial; zero and -inf for a row whose memory is empty.
 
     Raises:
-        ValueError: memory that was dealt to other devices than the mesh has.
+        ValueError: memory that was dealt to other devices than the mesh has, or whose values are on the host.
     """
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
+    if any(values.shape[3] and host.holds(values) for _, values in pages):
+        raise ValueError("values are on the host, of which dense reading would need all; wanted reading by top-k")
     return _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals, seen)
 
 
@@ -620,18 +631,17 @@ def _topk(
     weight_BGQN = jnp.where(slots_BGQN >= 0, p_BGQN / safe, 0.0)
     lse_BGQ = jnp.where(top == -jnp.inf, -jnp.inf, top + jnp.log(safe))
     o_BGQK = jnp.zeros((*slots_BGQN.shape[:3], K), jnp.float32)
-    dtype = jnp.promote_types(q_BHTK.dtype, parts[0].arrays[1].dtype)
+    dtype, budget = jnp.promote_types(q_BHTK.dtype, parts[0].arrays[1].dtype), score_bytes or RETRIEVED_BYTES
     for part in parts:
-        slot = slots_BGQN - part.first
-        here = (slot >= 0) & (slot < part.slots)
-        if part.deal.ways > 1:
-            here &= part.deal.device(slot) == part.device
-        column_BGQN = jnp.where(here, part.deal.column(slot), -1)
+        values, column_BGQN = part.arrays[1], part.column(slots_BGQN)
+        if host.holds(values):
+            o_BGQK += host.weighted_sum(values, column_BGQN, weight_BGQN, part.filled_B, dtype, budget)[..., :K]
+            continue
 
-        def add(o_BGQK: Array, values=part.arrays[1], column_BGQN=column_BGQN) -> Array:
-            return o_BGQK + _weighted_sum(values, column_BGQN, weight_BGQN, dtype, score_bytes or RETRIEVED_BYTES)
+        def add(o_BGQK: Array, values=values, column_BGQN=column_BGQN) -> Array:
+            return o_BGQK + _weighted_sum(values, column_BGQN, weight_BGQN, dtype, budget)
 
-        o_BGQK = jax.lax.cond(jnp.any(here), add, lambda o: o, o_BGQK)
+        o_BGQK = jax.lax.cond(jnp.any(column_BGQN >= 0), add, lambda o: o, o_BGQK)
     if axes:
         o_BGQK = jax.lax.psum(o_BGQK, axes)
     return attention.Partial(o_BGQK.reshape(q_BHTK.shape), lse_BGQ.reshape(B, H, T)), *found

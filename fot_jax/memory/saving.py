@@ -22,6 +22,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from fot_jax import files
+from fot_jax.memory import host
 from fot_jax.memory.cache import Cache, Deal, Pages, check_deals, place
 from fot_jax.memory.editing import restrict, seen_slots
 from fot_jax.memory.stored import Int8
@@ -139,7 +140,8 @@ def arrays_of(cache: Cache | Pages, kind: str) -> dict[str, np.ndarray]:
     out = {f"{kind}.length_B": length_B}
     pages = [jax.tree_util.tree_leaves_with_path(_buffers(page)) for page in cache.pages]
     for same in zip(*pages, strict=True):
-        out[_name(kind, same[0][0])] = _filled_slots([x for _, x in same], cache.deals, int(length_B.max()))
+        K = cache.pages[0].keys[0].shape[2]  # of values on the host there may be more
+        out[_name(kind, same[0][0])] = _filled_slots([x for _, x in same], cache.deals, K, int(length_B.max()))
     if any(seen is not None for seen in cache.each_seen):
         out[f"{kind}.seen"] = np.asarray(seen_slots(cache))
     return out
@@ -154,20 +156,22 @@ def _name(kind: str, path: Any) -> str:
     return f"{kind}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
 
 
-def _filled_slots(arrays: Sequence[Any], deals: Sequence[Deal], filled: int) -> np.ndarray:
+def _filled_slots(arrays: Sequence[Any], deals: Sequence[Deal], K: int, filled: int) -> np.ndarray:
     """[B, G, K, filled] of the arrays of pages, in the order of slots."""
     parts, start = [], 0
     for page, deal in zip(arrays, deals, strict=True):
         if start < filled or not parts:
-            whole = page if deal.ways == 1 else deal.in_order(np.asarray(page))
-            parts.append(np.asarray(whole[..., : filled - start]))
+            # Of a device's memory only what is filled is fetched; what lies in the host's is there.
+            whole = np.asarray(page) if deal.ways > 1 or host.holds(page) else page
+            whole = deal.in_order(whole) if deal.ways > 1 else whole
+            parts.append(np.asarray(whole[:, :, :K, : filled - start]))
         start += page.shape[-1]
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 
 
 def filled(like: Cache | Pages, arrays: dict[str, np.ndarray], kind: str) -> Cache | Pages:
-    """A memory as `like`, with what `arrays_of` gave of another. It is of NumPy arrays: put on devices one by one, each
-    where it belongs, they never are on one together.
+    """A memory as `like`, with what `arrays_of` gave of another. It is of NumPy arrays, but for values on the host: put
+    on devices one by one, each where it belongs, they never are on one together.
 
     Raises:
         KeyError, ValueError: arrays of other layers, heads or dtypes.
@@ -187,12 +191,15 @@ def filled(like: Cache | Pages, arrays: dict[str, np.ndarray], kind: str) -> Cac
 def _filled_page(page: Cache, arrays: dict[str, np.ndarray], kind: str, first: int) -> Cache:
     """A page with the slots from `first` on, as many as it has room for."""
 
-    def buffer(path: Any, like: Any) -> np.ndarray:
+    def buffer(path: Any, like: Any) -> Any:
         x, name = arrays[_name(kind, path)], _name(kind, path)
-        if x.shape[:-1] != like.shape[:-1] or x.dtype != like.dtype:
-            raise ValueError(f"{name} is {x.dtype} {x.shape}; wanted {like.dtype} {like.shape[:-1]} and slots")
+        sizes = *like.shape[:2], min(like.shape[2], page.keys[0].shape[2])
+        if x.shape[:-1] != sizes or x.dtype != like.dtype:
+            raise ValueError(f"{name} is {x.dtype} {x.shape}; wanted {like.dtype} {sizes} and slots")
         part = x[..., first : first + page.capacity]
-        return page.deal.as_dealt(np.pad(part, [(0, 0)] * 3 + [(0, page.capacity - part.shape[-1])]))
+        more = like.shape[2] - part.shape[2], page.capacity - part.shape[3]
+        dealt = page.deal.as_dealt(np.pad(part, [(0, 0), (0, 0), *((0, n) for n in more)]))
+        return host.there(dealt) if host.holds(like) else dealt
 
     buffers = jax.tree_util.tree_map_with_path(buffer, _buffers(page))
     # A cache without layers has room for nothing, whatever was read.
