@@ -18,7 +18,9 @@ import sys
 import time
 
 # Without a chip libtpu would look for one, and for what it is called on the network.
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16")
+os.environ.update(
+    JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+)
 
 import jax
 import jax.numpy as jnp

@@ -473,8 +473,29 @@ def test_caches_that_do_not_fit():
     with pytest.raises(ValueError, match="row 0 has 3 tokens and takes 3 more; wanted at most 4 together"):
         memory.merge(mem, mem)
     np.testing.assert_array_equal(memory.append(mem, three, three, np.array([1])).length_B, [4])
-    with pytest.raises(ValueError, match=r"new keys or values are \(1, 1, 2, 1\); wanted \(1, 2, 2\) and tokens"):
+    one = [x[..., :1]] * 2
+    with pytest.raises(
+        ValueError, match=r"new keys or values are \(1, 1, 2, 1\); wanted \(1, 2, 2\), as the cache has"
+    ):
         memory.append(mem, [x[:, :1, :, :1]] * 2, [x[:, :1, :, :1]] * 2)
+    with pytest.raises(ValueError, match=r"are \(1, 2, 2, 1\); wanted \(1, 2, 2\), as the cache has, and 3 tokens"):
+        memory.append(mem, three, one)
+    with pytest.raises(ValueError, match=r"count_B is \(2,\); wanted \(1,\), the rows of the cache"):
+        memory.append(mem, one, one, np.array([1, 1]))
+    for count in (-1, 2):
+        with pytest.raises(ValueError, match=rf"rows take \[{count}\] tokens; wanted 0..1 each"):
+            memory.append(mem, one, one, np.array([count]))
+        assert jax.jit(memory.append)(mem, one, one, np.array([count])).length_B[0] == 3 + min(max(count, 0), 1)
+    with pytest.raises(ValueError, match=r"row_B is \(2,\); wanted \(1,\), the rows of the cache"):
+        memory.clear(mem, np.array([True, False]))
+    with pytest.raises(ValueError, match="size is 0; wanted at least 1 slot to take"):
+        memory.take(mem, 0, 0)
+    with pytest.raises(ValueError, match="mask of slots is int32; wanted bool"):
+        memory.restrict(mem, np.ones((1, 4), np.int32))
+    with pytest.raises(ValueError, match="other memory has 2 layers and 2 rows; wanted 2 and 1"):
+        memory.merge(mem, memory.init_memory(CONFIG, 2, 4))
+    with pytest.raises(ValueError, match="row 0 has 0 tokens and takes 3 more; wanted at most 0 together"):
+        memory.merge(memory.init_memory(CONFIG, 1, 0), mem)
 
 
 def test_forecasts_are_what_is_allocated():
@@ -488,7 +509,7 @@ def test_forecasts_are_what_is_allocated():
         mem = jax.eval_shape(lambda rows=rows, n=found.tokens: memory.init_memory(config, rows, n))
         local = jax.eval_shape(lambda rows=rows: memory.init_cache(config, rows, 26, 2048, "bfloat16"))
         nbytes = lambda cache: sum(x.size * x.dtype.itemsize for x in (*cache.keys, *cache.values))
-        fixed = (params + nbytes(local)) // tensor + 9 * 2**24
+        fixed = (params + nbytes(local)) // tensor + 144 * 2**20 + 64 * 2**20
         assert found.fixed_bytes == fixed
         held = fixed + nbytes(mem) / (ways * tensor)
         assert held <= 16 * 2**30 < held + 2048 * found.device_token_bytes
@@ -496,6 +517,8 @@ def test_forecasts_are_what_is_allocated():
     assert (
         memory.forecast(config.replace(dtypes=DtypePolicy(memory="int8")), 2**34, params_bytes=0).token_bytes == 19584
     )
+    odd = memory.forecast(config.replace(window=100), 2**35, params_bytes=params, ways=16).tokens
+    assert odd > 0 and odd % 400 == 0  # a capacity that 16 devices divide
     with pytest.raises(ValueError, match="tensor is 3; wanted a divisor of n_kv_heads, 32"):
         memory.forecast(config, 2**34, params_bytes=0, tensor=3)
     with pytest.raises(ValueError, match="ways is 0; wanted at least 1"):

@@ -91,7 +91,7 @@ def test_merged_memories_follow_one_another(devices, ways, dtype):
         found = contents(merged)
         taken = jax.jit(memory.take, static_argnums=2)(merged, 5, 20)
         wrong = memory.init_memory(model_config(1, 4, 4, dtype=dtype), 2, 16)
-        with pytest.raises(ValueError, match=r"are \(2, 1, 4, 16\); wanted \(2, 2, 4\) and tokens"):
+        with pytest.raises(ValueError, match=r"are \(2, 1, 4, 16\); wanted \(2, 2, 4\), as the cache has"):
             memory.merge(mem, wrong)
     np.testing.assert_array_equal(np.swapaxes(loaded(taken[0][0]), 2, 3), found[:, :, 5:25])
     for b, (n, m) in enumerate(zip(*lengths, strict=True)):

@@ -19,7 +19,6 @@ from fot_jax.memory import kernels
 from fot_jax.memory.stored import empty, loaded, stored
 
 BEST = jax.jit(kernels.best, static_argnums=4)
-WEIGHTED_SUM = jax.jit(kernels.weighted_sum)
 
 
 def selected(q_BGQK, keys_BGKM, counts_BM, k):
@@ -40,7 +39,7 @@ SHAPES = [(2, 2, 3, 16, 1000, 5), (1, 1, 300, 8, 2048, 40), (2, 1, 1, 4, 1500, 1
 @hypothesis.given(
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0, 1, 30]),
-    dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "int8"]),
     masked=st.booleans(),
 )
 def test_the_best_are_those_of_a_full_sort_ties_included(shape, seed, spread, dtype, masked):
@@ -57,7 +56,7 @@ def test_the_best_are_those_of_a_full_sort_ties_included(shape, seed, spread, dt
     np.testing.assert_array_equal(np.where(np.isfinite(s), column, -1), want_column)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
 def test_real_numbers_up_to_rounding(dtype):
     rng = np.random.default_rng(0)
     q, keys = (rng.standard_normal(size).astype(np.float32) for size in ((1, 2, 3, 64), (1, 2, 64, 3000)))
@@ -82,15 +81,16 @@ def test_all_of_the_best_in_one_bin():
     assert set(np.asarray(column).ravel() % n) == {5}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_weighted_sums_are_of_the_values_named(dtype):
+@pytest.mark.parametrize(("dtype", "scalars"), [("float32", 2**15), ("bfloat16", 100), ("float16", 1), ("int8", 100)])
+def test_weighted_sums_are_of_the_values_named(monkeypatch, dtype, scalars):
+    monkeypatch.setattr(kernels, "SCALARS", scalars)
     rng = np.random.default_rng(1)
     B, G, Q, N, K, M = 2, 2, 3, 21, 8, 384
     values = stored(rng.standard_normal((B, G, K, M)).astype(np.float32), empty((B, G, K, M), dtype))
     column, weight = rng.integers(-1, M, (B, G, Q, N)).astype(np.int32), rng.random((B, G, Q, N), np.float32)
     each = np.take_along_axis(np.float64(loaded(values))[:, :, None], np.maximum(column, 0)[..., None, :], axis=-1)
     want = np.sum(np.where(column >= 0, weight, 0)[..., None, :] * each, axis=-1)
-    np.testing.assert_allclose(WEIGHTED_SUM(values, column, weight), want, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(kernels.weighted_sum)(values, column, weight), want, atol=1e-5)
 
 
 def test_turned_is_the_other_way_round():

@@ -94,7 +94,8 @@ def recall(
     for layer, (wanted, _), (slots, _) in zip(config.mem_layers, exact, found, strict=True):
         queries = [np.asarray(x).reshape(-1, reading.k) for x in (wanted, slots)]
         hits = sum(np.isin(w[w >= 0], s).sum() for w, s in zip(*queries, strict=True))
-        out[layer] = float(hits / max(np.sum(queries[0] >= 0), 1))
+        there = np.sum(queries[0] >= 0)
+        out[layer] = float(hits / there) if there else 1.0
     return out
 
 
@@ -119,7 +120,8 @@ def _retrieve(config, params, reader, tokens_BT, *, k, reading, recalls) -> list
     def watch(m: int, q_BHTK: Array) -> None:
         lies = dict(deals=mem.deals, seen=mem.each_seen)
         for each, share in zip(found, recalls, strict=True):
-            each.append(memories.search(q_BHTK, mem.keys[m], mem.length_B, k=k, recall=share, **lies))
+            of = dict(k=k, recall=share, score_bytes=reading.score_bytes, **lies)
+            each.append(memories.search(q_BHTK, mem.keys[m], mem.length_B, **of))
 
     model.extend_window(config, params, tokens_BT, mem=mem, local=local, reading=reading, watch=watch)
     return found

@@ -302,24 +302,15 @@ def _write(buffer: Array, new: Array, start_B: Array, count_B: Array, deal: Deal
     those that fall outside left out; all other slots as they were.
     """
     M, T = buffer.shape[3], new.shape[3]
-    size = min(M, deal.most_columns(T))
-    first_B = deal.before(jnp.maximum(start_B, 0), device)
+    size = host.span(min(M, deal.most_columns(T)), buffer)
+    first_B = host.start(deal.before(jnp.maximum(start_B, 0), device), size, buffer)
 
     def mixed(old_GKS: Array, new_GKT: Array, first: Array, start: Array, count: Array) -> Array:
-        t = deal.slot(device, first + jnp.arange(old_GKS.shape[2])) - start
+        t = deal.slot(device, first + jnp.arange(size)) - start
         new = jnp.take(new_GKT, jnp.clip(t, 0, T - 1), axis=2)
         return jnp.where(((t >= 0) & (t < count))[None, None, :], new, old_GKS)
 
-    def one(buffer_GKM: Array, new_GKT: Array, first: Array, start: Array, count: Array) -> Array:
-        first = jnp.clip(first, 0, M - size)
-        old = jax.lax.dynamic_slice_in_dim(buffer_GKM, first, size, axis=2)
-        return jax.lax.dynamic_update_slice_in_dim(buffer_GKM, mixed(old, new_GKT, first, start, count), first, axis=2)
-
-    if not host.holds(buffer):
-        return jax.vmap(one)(buffer, new, first_B, start_B, count_B)
-    wider = host.span(size, M)
-    first_B = host.start(first_B, wider, M)
-    old = host.cut(buffer, first_B, wider, new.shape[2])
+    old = host.cut(buffer, first_B, size, new.shape[2])
     return host.put(buffer, jax.vmap(mixed)(old, new, first_B, start_B, count_B), first_B)
 
 
@@ -331,14 +322,15 @@ def append(
     Args:
         cache: donate it in a jitted caller and it is written in place.
         keys, values: one [B, G, K, T] array a layer, T at most the capacity, or that of the smallest page.
-        count_B: int32, how many of the T tokens, from the first, each row takes. None: all.
+        count_B: int32, how many of the T tokens, from the first, each row takes: 0..T, and inside a program, which
+            cannot refuse others, the nearest of those. None: all.
 
     Returns:
         The new cache. A row holds at most its capacity: inside a program, which cannot know, tokens beyond are not
         kept, so callers make room first.
 
     Raises:
-        ValueError: layers or lengths that do not fit; outside a program, rows without room.
+        ValueError: layers, shapes or counts that do not fit; outside a program, rows without room.
     """
     pages, layers = cache.pages, (len(cache.keys), len(cache.values))
     if (len(keys), len(values)) != layers:
@@ -348,16 +340,21 @@ def append(
     if not keys:
         return cache
     check_deals(cache.deals)
-    held = pages[0].keys[0].shape
-    for new in (*keys, *values):
-        if new.shape[:3] != held[:3]:
-            raise ValueError(f"new keys or values are {new.shape}; wanted {held[:3]} and tokens, as the cache has")
+    B, G, K, _ = pages[0].keys[0].shape
     T, room = keys[0].shape[3], min(page.capacity for page in pages)
+    for new in (*keys, *values):
+        if new.shape != (B, G, K, T):
+            raise ValueError(
+                f"new keys or values are {new.shape}; wanted {(B, G, K)}, as the cache has, and {T} tokens"
+            )
     if T > room:
         raise ValueError(f"{T} tokens do not fit a cache of capacity {room}")
     length_B = cache.length_B
     count_B = jnp.full_like(length_B, T) if count_B is None else count_B
-    check_room(cache, count_B)
+    if count_B.shape != (B,):
+        raise ValueError(f"count_B is {count_B.shape}; wanted ({B},), the rows of the cache")
+    check_room(cache, count_B, T)
+    count_B = jnp.clip(count_B, 0, T)
     out, first = [], 0
     for page in pages:
         start_B, end_B = length_B - first, jnp.clip(length_B + count_B - first, 0, page.capacity)
@@ -371,8 +368,9 @@ def append(
     return cache.with_pages(out)
 
 
-def check_room(cache: Cache | Pages, count_B: Array) -> None:
-    """Refuses tokens that a row has no room for, where numbers are known: outside of programs.
+def check_room(cache: Cache | Pages, count_B: Array, most: int) -> None:
+    """Refuses counts below 0 or above `most`, and tokens that a row has no room for, where numbers are known: outside
+    of programs.
 
     Raises:
         ValueError: such a row.
@@ -381,6 +379,8 @@ def check_room(cache: Cache | Pages, count_B: Array) -> None:
     if isinstance(length_B, jax.core.Tracer) or isinstance(count_B, jax.core.Tracer):
         return
     length_B, count_B = np.asarray(length_B), np.asarray(count_B)
+    if count_B.min() < 0 or count_B.max() > most:
+        raise ValueError(f"rows take {count_B.tolist()} tokens; wanted 0..{most} each")
     row = int(np.argmax(length_B + count_B))
     if length_B[row] + count_B[row] > cache.capacity:
         raise ValueError(

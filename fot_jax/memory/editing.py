@@ -20,7 +20,13 @@ MERGED_SLOTS = 1024  # that are copied at a time
 
 
 def clear(cache: Cache | Pages, row_B: Array) -> Cache | Pages:
-    """The cache with the rows where `row_B` (bool) is True emptied."""
+    """The cache with the rows where `row_B` (bool) is True emptied.
+
+    Raises:
+        ValueError: other rows than the cache has.
+    """
+    if row_B.shape != cache.length_B.shape:
+        raise ValueError(f"row_B is {row_B.shape}; wanted {cache.length_B.shape}, the rows of the cache")
     emptied = lambda page: dataclasses.replace(page, length_B=jnp.where(row_B, 0, page.length_B))
     return cache.with_pages([emptied(page) for page in cache.pages])
 
@@ -66,14 +72,18 @@ def restrict(cache: Cache | Pages, seen_BM: Array | None) -> Cache | Pages:
     read if their slots are among them.
 
     Args:
-        seen_BM: bool, by slot number, for all that there is room for. None: all are read again.
+        seen_BM: bool, by slot number, for all that there is room for. None: all are read again. A range of slots is
+            `(slot >= first) & (slot < last)` of `slot = jnp.arange(cache.capacity)`, for each row; some documents are
+            `jnp.isin(document_BM, wanted)` of numbers that say which document a slot's token is of.
 
     Raises:
-        ValueError: a mask of another shape.
+        ValueError: a mask of another shape or dtype.
     """
     shape = (cache.length_B.shape[0], cache.capacity)
     if seen_BM is not None and seen_BM.shape != shape:
         raise ValueError(f"mask of slots is {seen_BM.shape}; wanted {shape}, rows and slots of the memory")
+    if seen_BM is not None and seen_BM.dtype != bool:
+        raise ValueError(f"mask of slots is {seen_BM.dtype}; wanted bool")
     out, first = [], 0
     for page in cache.pages:
         seen = None
@@ -99,7 +109,12 @@ def seen_slots(cache: Cache | Pages) -> Array:
 def take(cache: Cache | Pages, first_B: Array | int, size: int) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
     """Keys and values [B, G, K, size] of each layer, in the order of slots, from slot `first_B` of each row on; zeros
     where there is no such slot.
+
+    Raises:
+        ValueError: a size below 1; a memory without slots.
     """
+    if size < 1:
+        raise ValueError(f"size is {size}; wanted at least 1 slot to take")
     slot_BT = jnp.broadcast_to(jnp.asarray(first_B, jnp.int32), cache.length_B.shape)[:, None] + jnp.arange(size)[None]
     found, start = None, 0
     for page in cache.pages:
@@ -122,13 +137,11 @@ def _take_of_page(page: Cache, slot_BT: Array) -> tuple[tuple[Buffer, ...], tupl
         column_BT = jnp.where(mine, page.deal.column(slot_BT), 0)
 
         def each(x: Array) -> Array:
-            column = column_BT
-            if host.holds(x):
-                size = host.span(page.deal.most_columns(len(t)), x.shape[3])
-                before_B = page.deal.before(jnp.clip(first_B, 0, page.capacity), device)
-                from_B = host.start(before_B, size, x.shape[3])
-                x = host.cut(x, from_B, size, page.keys[0].shape[2])
-                column = jnp.where(mine, column - from_B[:, None], 0)
+            size = host.span(min(x.shape[3], page.deal.most_columns(len(t))), x)
+            before_B = page.deal.before(jnp.clip(first_B, 0, page.capacity), device)
+            from_B = host.start(before_B, size, x)
+            x = host.cut(x, from_B, size, page.keys[0].shape[2])
+            column = jnp.where(mine, column_BT - from_B[:, None], 0)
             found = jnp.take_along_axis(x, column[:, None, None, :], axis=3)
             return jnp.where(mine[:, None, None, :], found, jnp.zeros((), x.dtype))
 
@@ -157,12 +170,17 @@ def merge(cache: Cache | Pages, other: Cache | Pages) -> Cache | Pages:
     mask says of their slots whether the new tokens are read.
 
     Raises:
-        ValueError: layers or heads that do not fit; another memory of which only some slots are read; outside a
+        ValueError: layers, rows or heads that do not fit; another memory of which only some slots are read; outside a
             program, rows without room.
     """
     if any(page.seen is not None for page in other.pages):
         raise ValueError("the other memory is restricted to some slots; wanted all to be read: restrict(other, None)")
+    if len(cache.keys) != len(other.keys) or cache.length_B.shape != other.length_B.shape:
+        raise ValueError(
+            f"the other memory has {len(other.keys)} layers and {other.length_B.shape[0]} rows; wanted "
+            f"{len(cache.keys)} and {cache.length_B.shape[0]}"
+        )
+    check_room(cache, other.length_B, other.capacity)
     if not other.keys or not other.capacity or not cache.capacity:
         return cache
-    check_room(cache, other.length_B)
     return _copied(cache, other, 0)

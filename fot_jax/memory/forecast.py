@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from fot_jax.config import ModelConfig
 from fot_jax.memory.cache import token_bytes
-
-READING_BYTES = 9 * 2**24  # what reading holds beside memory where it is given no budget; see `Reading`
+from fot_jax.memory.reading import RETRIEVED_BYTES, SCORE_BYTES
 
 
 class Forecast(NamedTuple):
@@ -19,7 +19,7 @@ class Forecast(NamedTuple):
         token_bytes: of a token's keys and values in all memory layers, on all devices together.
         device_token_bytes: of a token of each row, on a device.
         fixed_bytes: what a device holds besides: parameters, the open windows, scores.
-        tokens: the largest memory of each row, in whole windows; 0 where nothing fits.
+        tokens: the largest memory of each row, in whole windows, and as many for each device; 0 where nothing fits.
     """
 
     token_bytes: int
@@ -58,7 +58,9 @@ def forecast(
     on_device = token * rows / (ways * tensor)
     compute = jnp.dtype(config.dtypes.compute).itemsize
     window = 2 * config.n_layers * rows * config.window * config.n_kv_heads * config.head_size * compute // tensor
-    fixed = params_bytes // tensor + window + READING_BYTES
+    # What top-k holds where it is given no budget: scores, and values retrieved.
+    fixed = params_bytes // tensor + window + SCORE_BYTES + RETRIEVED_BYTES
     room = max(device_bytes - fixed, 0)
-    tokens = int(room / on_device) // config.window * config.window if token else 0
+    whole = math.lcm(config.window, ways)
+    tokens = int(room / on_device) // whole * whole if token else 0
     return Forecast(token, on_device, fixed, tokens)

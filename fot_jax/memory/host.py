@@ -96,54 +96,56 @@ def check(columns: int, dtype: str) -> None:
 
 def to_host(x: Array) -> Array:
     """An array of a program, copied to the host's memory."""
-    return jax.device_put(_plain(x), jax.memory.Space.Host)
+    return jax.device_put(plain(x), jax.memory.Space.Host)
 
 
 def to_device(x: Array) -> Array:
     """The other way."""
-    return _plain(jax.device_put(x, jax.memory.Space.Device))
+    return plain(jax.device_put(x, jax.memory.Space.Device))
 
 
-def _plain(x: Array) -> Array:
-    """A part of an array, in the layout of the whole: a compiler that chose another to compute with would choose it for
-    the whole too, and turn that round on the device.
+def plain(x: Array) -> Array:
+    """A part of an array, in the layout of the whole: a TPU's compiler that chose another for the part would choose it
+    for the whole too, and turn all of that round.
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def step(columns: int) -> int:
-    """What copies of an array of so many columns begin at multiples of."""
-    return 1 if columns % LANES else LANES
+def step(x: Array) -> int:
+    """What copies of columns of an array begin at multiples of: on the host they are of whole tiles."""
+    return LANES if holds(x) and x.shape[3] % LANES == 0 else 1
 
 
-def span(size: int, columns: int) -> int:
+def span(size: int, x_BGKM: Array) -> int:
     """How many columns are copied so that `size` of them, from any on, are among them."""
-    whole = step(columns)
-    return min(columns, -(-size // whole) * whole + (whole if whole > 1 else 0))
+    whole = step(x_BGKM)
+    return min(x_BGKM.shape[3], -(-size // whole) * whole + (whole if whole > 1 else 0))
 
 
-def start(first: Array, size: int, columns: int) -> Array:
+def start(first: Array, size: int, x_BGKM: Array) -> Array:
     """Where a copy of `size` columns (a `span`) begins, so that the column `first` is among them."""
-    whole = step(columns)
-    return jnp.clip(first, 0, columns - size) // whole * whole
+    whole = step(x_BGKM)
+    return jnp.clip(first, 0, x_BGKM.shape[3] - size) // whole * whole
 
 
 def cut(x_BGKM: Array, first_B: Array, size: int, K: int) -> Array:
     """[B, G, K, size] on the device, of the array's K the first: columns of each row from its own `first` on."""
     G, whole = x_BGKM.shape[1:3]
+    here = to_device if holds(x_BGKM) else plain
 
     def one(row: tuple[Array, Array]) -> Array:
-        return to_device(jax.lax.dynamic_slice(x_BGKM, (row[0], 0, 0, row[1]), (1, G, whole, size)))[0, :, :K]
+        return here(jax.lax.dynamic_slice(x_BGKM, (row[0], 0, 0, row[1]), (1, G, whole, size)))[0, :, :K]
 
     return jax.lax.map(one, (jnp.arange(len(first_B)), first_B))
 
 
 def put(x_BGKM: Array, new_BGKS: Array, first_B: Array) -> Array:
     """The array with columns from the device in the place of those from each row's `first` on."""
+    there = to_host if holds(x_BGKM) else plain
     new_BGKS = jnp.pad(new_BGKS, [(0, 0), (0, 0), (0, x_BGKM.shape[2] - new_BGKS.shape[2]), (0, 0)])
 
     def one(b: Array, x_BGKM: Array) -> Array:
-        new = to_host(jax.lax.dynamic_slice_in_dim(new_BGKS, b, 1))
+        new = there(jax.lax.dynamic_slice_in_dim(new_BGKS, b, 1))
         return jax.lax.dynamic_update_slice(x_BGKM, new, (b, 0, 0, first_B[b]))
 
     return jax.lax.fori_loop(0, len(first_B), one, x_BGKM)
@@ -155,11 +157,11 @@ def moved_down(x_BGKM: Array, columns_B: Array) -> Array:
     size = _block(x_BGKM)
     if M % size:  # a last block that shares columns with the one before would read what that has written
         size = math.gcd(M, size)
-    wider = span(size, M)
+    wider = span(size, x_BGKM)
 
     def one(i: Array, x_BGKM: Array) -> Array:  # what a block is made of lies in its place or after it
         from_B = i * size + columns_B
-        first_B = start(from_B, wider, M)
+        first_B = start(from_B, wider, x_BGKM)
         roll = jax.vmap(functools.partial(jnp.roll, axis=2))
         new_BGKS = roll(cut(x_BGKM, first_B, wider, K), first_B - from_B)[..., :size]
         return put(x_BGKM, new_BGKS, jnp.full((B,), i * size))
@@ -199,7 +201,7 @@ def weighted_sum(
     B, G, K, M = v_BGKM.shape
     Q, N = column_BGQN.shape[2:]
     tiled = sharding.platform() == "tpu"
-    if 4 * B * G * Q * N * K > BLOCK_BYTES or Q * N * (step(M) if tiled else 1) >= M:
+    if 4 * B * G * Q * N * K > BLOCK_BYTES or Q * N * (step(v_BGKM) if tiled else 1) >= M:
         return _from_blocks(v_BGKM, column_BGQN, weight_BGQN, filled_B, dtype, budget)
     return (_by_tiles if tiled else _gathered)(v_BGKM, column_BGQN, weight_BGQN, dtype)
 
@@ -229,7 +231,7 @@ def _by_tiles(v_BGKM: Array, column_BGQN: Array, weight_BGQN: Array, dtype: jnp.
     del dtype  # sums of few numbers, in float32
     B, G, K, M = v_BGKM.shape
     Q, N = column_BGQN.shape[2:]
-    column, weight, size = column_BGQN.reshape(-1), weight_BGQN.reshape(-1), step(M)
+    column, weight, size = column_BGQN.reshape(-1), weight_BGQN.reshape(-1), step(v_BGKM)
     order = jnp.argsort(column < 0)  # those that are here come first
 
     def add(i: Array, o: Array) -> Array:

@@ -21,7 +21,9 @@ Array = jax.Array
 
 LANES = 128  # columns of a tile
 KEPT = 4  # best slots that are kept of every bin
+MOST_BINS = 4096  # that are held for 32 queries, beside as many keys
 TILE_SCORES = 2**17  # of a block of queries and a slot of every bin, in the chip's own memory
+SCALARS = 2**15  # columns, and weights, that are given to a chip at a time
 FEW = 16  # queries of a key/value head whose values are fetched; each value in a tile of 128
 TURNED = 1024  # columns that are turned at a time
 FETCHED = 8  # tiles of values under way while as many are used
@@ -34,9 +36,9 @@ def _interpreted() -> bool:
 
 def wanted(k: int, columns: int) -> bool:
     """Whether `best` is the way to select k of so many columns: on a TPU, unless there are so few that the bins would
-    hold most of them.
+    hold most of them, or so many bins that they have no room on the chip.
     """
-    return sharding.platform() == "tpu" and columns > 2 * KEPT * bins(k)
+    return sharding.platform() == "tpu" and bins(k) <= MOST_BINS and columns > 2 * KEPT * bins(k)
 
 
 def query_bytes(k: int) -> int:
@@ -191,7 +193,7 @@ def _exact_product(q_QK: Array, k_KS: Array) -> Array:
     """[Q, S] of numbers as they are: those that bfloat16 holds, int8 among them, in one pass of the matrix unit,
     others in as many as float32 takes.
     """
-    dtype = jnp.float32 if jnp.float32 in (q_QK.dtype, k_KS.dtype) else jnp.bfloat16
+    dtype = jnp.bfloat16 if {q_QK.dtype, k_KS.dtype} <= {jnp.dtype("bfloat16"), jnp.dtype("int8")} else jnp.float32
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
         q_QK.astype(dtype),
@@ -217,31 +219,42 @@ def weighted_sum(values: Buffer, column_BGQN: Array, weight_BGQN: Array) -> Arra
         weight_BGQN *= of_columns.astype(jnp.float32)
     B, G, K, _ = v_BGKM.shape
     Q, N = column_BGQN.shape[2:]
-    few = -N % FETCHED
-    pad = [(0, 0)] * 3 + [(0, few)]
-    flat = lambda x, fill: jnp.pad(x, pad, constant_values=fill).reshape(-1)
-    tiles = pl.pallas_call(
-        functools.partial(_weighted_sum_kernel, N + few),
-        out_shape=jax.ShapeDtypeStruct((B, G, Q, K, LANES), jnp.float32),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(B, G, Q),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=pl.BlockSpec((None, None, None, K, LANES), lambda b, g, i, *_: (b, g, i, 0, 0)),
-            scratch_shapes=[
-                pltpu.VMEM((2, FETCHED, K, LANES), v_BGKM.dtype),
-                pltpu.SemaphoreType.DMA((2, FETCHED)),
-            ],
-        ),
-        interpret=_interpreted(),
-    )(flat(column_BGQN, -1), flat(weight_BGQN, 0.0), v_BGKM)
-    return jnp.sum(tiles, axis=-1)
+    n = B * G * Q
+    wide = N + -N % FETCHED
+    most = min(n, max(1, SCALARS // wide))  # queries at a time
+
+    def some(block: tuple[Array, Array, Array]) -> Array:
+        first, column_QN, weight_QN = block
+        tiles_QKL = pl.pallas_call(
+            functools.partial(_weighted_sum_kernel, wide, Q),
+            out_shape=jax.ShapeDtypeStruct((most, K, LANES), jnp.float32),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=(most,),
+                in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
+                out_specs=pl.BlockSpec((None, K, LANES), lambda i, *_: (i, 0, 0)),
+                scratch_shapes=[
+                    pltpu.VMEM((2, FETCHED, K, LANES), v_BGKM.dtype),
+                    pltpu.SemaphoreType.DMA((2, FETCHED)),
+                ],
+            ),
+            interpret=_interpreted(),
+        )(first, column_QN.reshape(-1), weight_QN.reshape(-1), v_BGKM)
+        return jnp.sum(tiles_QKL, axis=-1)
+
+    def in_blocks(x_BGQN: Array, fill: float) -> Array:
+        pad = (0, -n % most), (0, wide - N)
+        return jnp.pad(x_BGQN.reshape(n, N), pad, constant_values=fill).reshape(-1, most, wide)
+
+    first = jnp.arange(0, n, most, dtype=jnp.int32)[:, None]
+    sums = jax.lax.map(some, (first, in_blocks(column_BGQN, -1), in_blocks(weight_BGQN, 0.0)))
+    return sums.reshape(-1, K)[:n].reshape(B, G, Q, K)
 
 
-def _weighted_sum_kernel(N, column_ref, weight_ref, v_ref, out_ref, tiles, arrived):
-    b, g, i = (pl.program_id(axis) for axis in range(3))
-    G, Q = (pl.num_programs(axis) for axis in (1, 2))
-    first = ((b * G + g) * Q + i) * N  # of this query's columns
+def _weighted_sum_kernel(N, Q, first_ref, column_ref, weight_ref, v_ref, out_ref, tiles, arrived):
+    query = first_ref[0] + pl.program_id(0)
+    b, g = query // (Q * v_ref.shape[1]), query // Q % v_ref.shape[1]
+    first = pl.program_id(0) * N  # of this query's columns
 
     def copy(n):
         """Of the tile that the query's n-th column lies in."""
@@ -261,8 +274,8 @@ def _weighted_sum_kernel(N, column_ref, weight_ref, v_ref, out_ref, tiles, arriv
     def add(n):
         copy(n).wait()
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-        weight = jnp.where(lane == column_ref[first + n] % LANES, weight_ref[first + n], 0.0)
-        out_ref[...] += tiles[n // FETCHED % 2, n % FETCHED].astype(jnp.float32) * weight
+        tile = tiles[n // FETCHED % 2, n % FETCHED].astype(jnp.float32)
+        out_ref[...] += jnp.where(lane == column_ref[first + n] % LANES, tile * weight_ref[first + n], 0.0)
 
     out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)
     fetch(0)

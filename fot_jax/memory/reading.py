@@ -39,8 +39,8 @@ class Reading:
 
     Attributes:
         kind: "dense", all of memory; "topk", each query of each head its k best slots by inner product, exactly; or
-            "approximate", k slots of which `recall` are expected to be among the k best, by `lax.approx_max_k`, which
-            a TPU makes in less time and a CPU exactly. What was found is measured by `inspection.recall`.
+            "approximate", k slots of which `recall` are expected to be among the k best, by `lax.approx_max_k`:
+            made for TPUs; a CPU finds all of them, in no less time. What was found is measured by `inspection.recall`.
         k: slots a query retrieves, but for "dense".
         score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 144
             MiB for top-k); longer queries and memories are streamed in blocks.
@@ -62,6 +62,12 @@ class Reading:
         if self.k is not None:
             _check_k(self.k)
         _check_recall(self.recall)
+        _check_score_bytes(self.score_bytes)
+
+
+def _check_score_bytes(score_bytes: int | None) -> None:
+    if score_bytes is not None and (not isinstance(score_bytes, (int, np.integer)) or score_bytes < 1):
+        raise ValueError(f"score_bytes is {score_bytes!r}; wanted at least 1, or None")
 
 
 def _check_k(k: int) -> None:
@@ -313,6 +319,30 @@ def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
     return jax.lax.fori_loop(n_whole, n, functools.partial(one, False), carry)
 
 
+def _check_arrays(q_BHTK: Array, pages: Sequence[tuple[Buffer, ...]], length_B: Array, deals: Sequence[Deal]) -> None:
+    """Refuses arrays that do not fit each other.
+
+    Raises:
+        ValueError: such arrays; no word of how memory lies on the devices of the mesh, where it is split.
+    """
+    B, H, T, K = q_BHTK.shape
+    for page in pages:
+        _, G, size, M = page[0].shape
+        # On the host values have their K filled up.
+        sizes = {x.shape[:2] + x.shape[3:] for x in page}
+        if sizes != {(B, G, M)} or size != K or page[-1].shape[2] < K or H % max(G, 1):
+            raise ValueError(
+                f"queries {q_BHTK.shape} and memory {' and '.join(str(x.shape) for x in page)} do not fit; wanted "
+                "[B, H, T, K] and [B, G, K, M] with H a multiple of G"
+            )
+    if not B or not T:
+        raise ValueError(f"queries are {q_BHTK.shape}; wanted at least one")
+    if length_B.shape != (B,):
+        raise ValueError(f"length_B has shape {length_B.shape}; wanted ({B},)")
+    if not deals and any(page[0].shape[3] for page in pages) and (ways := sharding.ways("memory")) > 1:
+        raise ValueError(f"the mesh splits memory {ways} ways and deals are not given; wanted the memory's")
+
+
 # Reads what one device holds: (queries, parts of every page, mesh axes that memory is dealt over) -> arrays.
 _Read = Callable[[Array, list[_Part], tuple[str, ...]], Any]
 
@@ -331,6 +361,7 @@ def _on_devices(
     Raises:
         ValueError: a memory that was dealt to other devices than the mesh has.
     """
+    _check_arrays(q_BHTK, pages, length_B, deals)
     n = len(pages)
     whole = zip(pages, deals or (Deal(),) * n, seen or (None,) * n, strict=True)
     held = [page for page in whole if page[0][0].shape[3]]
@@ -386,15 +417,18 @@ def dense(
         length_B: int32, filled slots of each row.
         scale: what scores are multiplied by.
         score_bytes: bytes of scores that a device holds at a time; None: see `Reading`.
-        deals: how the slots of each page lie on the devices of the mesh; () where one holds them all.
+        deals: how the slots of each page lie on the devices of the mesh, `mem.deals`; () where the mesh does not split
+            memory.
         seen: which slots of each page are read, bool [B, 1, 1, M] as they lie; None or () for all that are filled.
 
     Returns:
         The partial; zero and -inf for a row whose memory is empty.
 
     Raises:
-        ValueError: memory that was dealt to other devices than the mesh has, or whose values are on the host.
+        ValueError: arrays that do not fit; memory that was dealt to other devices than the mesh has, or whose values
+            are on the host.
     """
+    _check_score_bytes(score_bytes)
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
     if any(values.shape[3] and host.holds(values) for _, values in pages):
         raise ValueError("values are on the host, of which dense reading would need all; wanted reading by top-k")
@@ -479,10 +513,12 @@ def topk(
         unscaled, -inf there.
 
     Raises:
-        ValueError: k below 1, a recall that is none; memory that was dealt to other devices than the mesh has.
+        ValueError: k below 1, a recall or budget that is none; arrays that do not fit; memory that was dealt to other
+            devices than the mesh has.
     """
     _check_k(k)
     _check_recall(recall)
+    _check_score_bytes(score_bytes)
     B, H, T, _ = q_BHTK.shape
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
     N = min(k, sum(keys.shape[3] for keys, _ in pages))
@@ -710,6 +746,7 @@ def search(
     """
     _check_k(k)
     _check_recall(recall)
+    _check_score_bytes(score_bytes)
     pages = [(keys,) for keys in _pages(k_BGKM)]
     N = min(k, sum(keys.shape[3] for (keys,) in pages))
     shape = q_BHTK.shape[:3]
@@ -771,5 +808,5 @@ def topk_attention(
     cached = lambda x_BMGK: jnp.transpose(x_BMGK, (0, 2, 3, 1))
     scale = K**-0.5 if scale is None else scale
     arrays = major(q_BTHK), cached(k_BMGK), cached(v_BMGK), length_B
-    partial, slots, _ = topk(*arrays, k=k, scale=scale, score_bytes=score_bytes)
+    partial, slots, _ = topk(*arrays, k=k, scale=scale, score_bytes=score_bytes, deals=(Deal(),))
     return major(partial.o_BHTK), major(partial.lse_BHT), major(slots)
