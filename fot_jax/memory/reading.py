@@ -26,11 +26,11 @@ Array = jax.Array
 
 KINDS = ("dense", "topk", "approximate")
 SUB_BLOCK = 64  # slots whose greatest score is taken together in exact top-k
-SCORE_BYTES = 9 * 2**24  # of scores and what is selected of them
+SCORE_BYTES = 2**28  # of scores in top-k, what is selected of them, and keys
 FEW_QUERIES, MOST_SLOTS = 16, 2**18  # queries and slots of a block that top-k is selected of
 RETRIEVED_BYTES = 2**26  # of values that queries of a head have retrieved at a time
-LOADED_BLOCK, LOADED_BYTES = 4096, 2**27  # slots that a single query has loaded from int8 at a time; bytes of a block
-COPIED_BLOCK = 1024  # slots of a block that a single query reads of a page mostly empty: copies that stay in a cache
+CONVERTED_BLOCK, CONVERTED_BYTES = 4096, 2**27  # slots that a single query has converted at a time; bytes of a block
+SMALL_BLOCK, TAILS = 1024, 8  # slots of a block of a page mostly empty: copies that stay in a cache; pieces of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +42,9 @@ class Reading:
             "approximate", k slots of which `recall` are expected to be among the k best, by `lax.approx_max_k`:
             made for TPUs; a CPU finds all of them, in no less time. What was found is measured by `inspection.recall`.
         k: slots a query retrieves, but for "dense".
-        score_bytes: bytes of scores held at a time (None: 256 MiB, but for more than one query on a CPU 2 MiB, and 144
-            MiB for top-k); longer queries and memories are streamed in blocks.
+        score_bytes: bytes of scores held at a time, and for top-k of keys that are copied to be read (None: 256 MiB,
+            but for dense reading of more than one query on a CPU 2 MiB); longer queries and memories are streamed in
+            blocks.
         recall: for "approximate", above 0 and below 1.
     """
 
@@ -110,27 +111,39 @@ def _pages(x: Buffer | tuple[Buffer, ...]) -> tuple[Buffer, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-def _blocks(queries: int, slots: int, rows: int, score_bytes: int | None, k: int | None = None) -> tuple[int, int]:
+def _dense_blocks(queries: int, slots: int, rows: int, score_bytes: int | None) -> tuple[int, int]:
     """Sizes of query and key blocks for which `rows` x queries x slots float32 scores stay within the budget.
 
     Key blocks get no smaller than 256 slots, or matrix products would be; queries are split instead, down to one.
     """
     many = queries > 1
-    cpu = sharding.platform() == "cpu"
-    if k is not None and many:
-        # Selection is dear, and cheaper of one large block for a few queries than of many small ones. Scores are there
-        # twice, as products and as numbers to compare, and what is selected of them takes an eighth of that.
-        budget = (score_bytes or SCORE_BYTES) // (9 * rows)
-        slot_block = min(slots, power_of_two(budget // min(queries, FEW_QUERIES) + 1) // 2, MOST_SLOTS)
-        if slot_block >= min(slots, 64 * SUB_BLOCK):
-            return min(queries, budget // slot_block), slot_block
     if score_bytes is None:
         # Of many queries a CPU's scores should stay in its cache; elsewhere large products and few steps count. A
         # single query has fewer scores than its keys have bytes, and a block of keys would be copied to be read.
-        score_bytes = (2 if many and cpu else 256) * 2**20
+        score_bytes = (2 if many and sharding.platform() == "cpu" else 256) * 2**20
     budget = max(score_bytes // (4 * rows), 1)
     slot_block = min(slots, max(budget // queries, 256), 2**15 if many else slots)  # no more: cost follows the fill
     return max(1, min(queries, budget // slot_block)), slot_block
+
+
+def _topk_blocks(queries: int, parts: Sequence[_Part], rows: int, score_bytes: int | None) -> tuple[int, int]:
+    """The same for top-k. Scores are there twice, as products and as numbers to compare, and what is selected of them
+    takes an eighth of that; a block of keys is a copy, but where it is all there is.
+
+    Selection is dear, and cheaper of one large block for a few queries than of many small ones.
+    """
+    budget = score_bytes or SCORE_BYTES
+    largest, (B, G, K, _) = max(part.columns for part in parts), parts[0].arrays[0].shape
+    converted = any(part.converted for part in parts)
+    for few in (min(queries, FEW_QUERIES), 1):
+        scores, copied = 9 * rows * few, 4 * B * G * K
+        if not converted and largest <= min(MOST_SLOTS, budget // scores):
+            copied = 0
+        slot_block = min(largest, MOST_SLOTS, power_of_two(budget // (scores + copied) + 1) // 2)
+        if slot_block >= 64 * SUB_BLOCK:
+            break
+    slot_block = max(slot_block, min(largest, 256))
+    return max(1, min(queries, (budget - copied * slot_block) // (9 * rows * slot_block))), slot_block
 
 
 def _over_query_blocks(read_block: Callable[..., Any], xs: Any, size: int) -> Any:
@@ -214,6 +227,12 @@ class _Part(NamedTuple):
         return jnp.where(here, self.deal.column(slot), -1)
 
     @property
+    def converted(self) -> bool:
+        """Whether its numbers are turned into float32 to be read: those of int8, and on a CPU of all other formats."""
+        cpu = sharding.platform() == "cpu"
+        return any(isinstance(x, Int8) or (cpu and x.dtype != jnp.float32) for x in self.arrays)
+
+    @property
     def whole(self) -> tuple[tuple[Array, ...], _Part, int, Array]:
         """All of it in one block, as a `_Step` takes it."""
         counts = jnp.arange(self.columns)[None, :] < self.filled_B[:, None]
@@ -243,12 +262,12 @@ def _parts(
     return out
 
 
-def _loadable(size: int, parts: Sequence[_Part]) -> int:
-    """Slots of a block, `size` or as many as may be loaded from int8 at a time."""
-    if not any(isinstance(x, Int8) for part in parts for x in part.arrays):
+def _convertible(size: int, parts: Sequence[_Part]) -> int:
+    """Slots of a block, `size` or as many as may be converted at a time."""
+    if not any(part.converted for part in parts):
         return size
     B, G, K, _ = parts[0].arrays[0].shape
-    return min(size, max(LOADED_BLOCK, power_of_two(LOADED_BYTES // (4 * B * G * K) + 1) // 2))
+    return min(size, max(CONVERTED_BLOCK, power_of_two(CONVERTED_BYTES // (4 * B * G * K) + 1) // 2))
 
 
 # Takes what came of the slots so far, or None where this is all; a block of every array of a part; the part; the first
@@ -259,20 +278,21 @@ _Step = Callable[[Any, tuple[Array, ...], _Part, Array | int, Array | None], Any
 def _over_slots(step: _Step, carry: Any, parts: Sequence[_Part], size: int) -> Any:
     """`carry` after `step` over all filled slots, in blocks of at most `size`: for many queries."""
     for part in parts:
-
-        def whole(carry: Any, part=part) -> Any:
-            return step(carry, *part.whole)
-
+        fill, small = jnp.max(part.filled_B), part.columns // TAILS
+        ways = [lambda carry: carry, lambda carry, part=part: step(carry, *part.whole)]
         if size < part.columns:
             carry = _over_blocks(step, carry, part, size)
+        elif small < SMALL_BLOCK:
+            carry = jax.lax.switch((fill > 0).astype(int), ways, carry)
         else:
-            carry = jax.lax.cond(jnp.max(part.filled_B) > 0, whole, lambda carry: carry, carry)
+            few = lambda carry, part=part, small=small: _over_blocks(step, carry, part, small)
+            carry = jax.lax.switch((fill > 0).astype(int) + (fill > part.columns // 2), [ways[0], few, ways[1]], carry)
     return carry
 
 
 def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part], size: int) -> list[Any]:
     """What `step` makes of each part: for a single query, which reads a part where it lies unless little of it is
-    filled, or its numbers are loaded from another format.
+    filled, or its numbers are converted.
 
     Args:
         nothing: what comes of an empty part of so many columns.
@@ -280,8 +300,8 @@ def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part
     out = []
     for part in parts:
         fill = jnp.max(part.filled_B)
-        if any(isinstance(x, Int8) for x in part.arrays):
-            size = min(size, LOADED_BLOCK)
+        if part.converted:
+            size = min(size, CONVERTED_BLOCK)
 
         def whole(part=part) -> Any:
             return step(None, *part.whole)
@@ -292,31 +312,49 @@ def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part
         empty = functools.partial(nothing, part.columns)
         if size < part.columns:
             out.append(blocks(size))
-        elif part.columns <= 2 * COPIED_BLOCK:
+        elif part.columns <= 2 * SMALL_BLOCK:
             out.append(jax.lax.cond(fill > 0, whole, empty))
         else:  # a block costs twice its bytes: it is copied before it is read
-            ways = [empty, functools.partial(blocks, COPIED_BLOCK), whole]
+            ways = [empty, functools.partial(blocks, SMALL_BLOCK), whole]
             out.append(jax.lax.switch((fill > 0).astype(int) + (fill > part.columns // 2), ways))
     return out
 
 
+def _cut(x: Array, first: Array, size: int) -> Array:
+    """Columns of an array; of bfloat16 on a CPU as float32, by way of their bits: its compiler would rather convert all
+    of memory, before any loop.
+    """
+    if x.dtype != jnp.bfloat16 or sharding.platform() != "cpu":
+        return jax.lax.dynamic_slice_in_dim(x, first, size, axis=3)
+    x, first = jax.lax.optimization_barrier((x, first))  # nothing that a loop could do with all of it before it begins
+    bits = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(x, jnp.uint16), first, size, axis=3)
+    return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
 def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
-    """`carry` after `step` over one part in blocks; those that no row fills are left out.
+    """`carry` after `step` over one part in blocks; those that no row fills are left out, and of a large one that is
+    filled in part as many pieces as are.
 
     The last block is moved back to end with the part; columns it shares with the one before do not count twice.
     """
 
-    def one(whole: bool, i: Array, carry: Any) -> Any:
+    def one(size: int, whole: bool, i: Array, carry: Any) -> Any:
         first = jnp.minimum(i * size, part.columns - size)
         column = first + jnp.arange(size)
         counts = None if whole else (column >= i * size)[None, :] & (column[None, :] < part.filled_B[:, None])
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, axis=3)
-        block, seen = jax.tree.map(cut, (part.arrays, part.seen))
+        block, seen = jax.tree.map(lambda x: _cut(x, first, size), (part.arrays, part.seen))
         return step(carry, tuple(map(loaded, block)), part, first, _and(counts, seen))
 
-    n_whole, n = jnp.min(part.filled_B) // size, -(-jnp.max(part.filled_B) // size)  # filled in every row: no mask
-    carry = jax.lax.fori_loop(0, n_whole, functools.partial(one, True), carry)
-    return jax.lax.fori_loop(n_whole, n, functools.partial(one, False), carry)
+    def loop(carry: Any, size: int, whole: bool, first: Array | int, end: Array) -> Any:
+        return jax.lax.fori_loop(first, end, functools.partial(one, size, whole), carry)
+
+    least, most = jnp.min(part.filled_B), jnp.max(part.filled_B)
+    piece = size // TAILS if size // TAILS >= SMALL_BLOCK else size
+    carry = loop(carry, size, True, 0, least // size)  # filled in every row: no mask
+    if piece < size:
+        carry = loop(carry, size, False, least // size, most // size)
+        least = most // size * size
+    return loop(carry, piece, False, least // piece, -(-most // piece))
 
 
 def _check_arrays(q_BHTK: Array, pages: Sequence[tuple[Buffer, ...]], length_B: Array, deals: Sequence[Deal]) -> None:
@@ -439,7 +477,7 @@ def _dense(
     scale: float, score_bytes: int | None, q_BHTK: Array, parts: list[_Part], axes: tuple[str, ...]
 ) -> attention.Partial:
     B, H, T, _ = q_BHTK.shape
-    query_block, slot_block = _blocks(T, max([1, *(part.columns for part in parts)]), B * H, score_bytes)
+    query_block, slot_block = _dense_blocks(T, max([1, *(part.columns for part in parts)]), B * H, score_bytes)
 
     def step(so_far: attention.Partial | None, arrays: tuple, part: _Part, first: Any, counts: Any, q: Array) -> Any:
         visible = None if counts is None else counts[:, None, :]
@@ -452,7 +490,7 @@ def _dense(
         if T == 1 and parts:
             partial = attention.merge(*_each_part(one, lambda columns: nothing, parts, slot_block))
         else:
-            partial = _over_slots(one, nothing, parts, _loadable(slot_block, parts))
+            partial = _over_slots(one, nothing, parts, _convertible(slot_block, parts))
         return _merge_over(axes, partial)
 
     return _over_query_blocks(read_block, q_BHTK, query_block)
@@ -541,21 +579,21 @@ def _search(
 ) -> tuple[Array, Array]:
     """Slots and scores [B, H, T, N], on every device the same."""
     B, H, T, _ = q_BHTK.shape
-    G, largest = parts[0].arrays[0].shape[1], max(part.columns for part in parts)
-    one_pass = recall is None and kernels.wanted(N, largest)
-    if one_pass:
-        query_block = max(1, min(T, (score_bytes or SCORE_BYTES) // (B * H * kernels.query_bytes(N))))
-    else:
-        query_block, slot_block = _blocks(T, largest, B * H, score_bytes, N)
+    G, budget = parts[0].arrays[0].shape[1], score_bytes or SCORE_BYTES
     keys = [part._replace(arrays=part.arrays[:1]) for part in parts]
+    one_pass = recall is None and kernels.wanted(N, max(part.columns for part in parts))
+    if one_pass:
+        query_block = max(1, min(T, budget // (B * H * kernels.query_bytes(N))))
+    else:
+        query_block, slot_block = _topk_blocks(T, keys, B * H, score_bytes)
     best = _best if recall is None else functools.partial(jax.lax.approx_max_k, recall_target=recall)
     q_nBGQK = jax.vmap(functools.partial(attention.grouped, n_kv_heads=G))(_in_blocks(q_BHTK, query_block))
     if one_pass:
         s, slots = _select_in_one_pass(q_nBGQK, keys, N)
-    elif T == 1 and slot_block == largest:
-        s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, slot_block, best))
+    elif T == 1 and 8 * B * H * sum(part.columns for part in parts) <= budget:  # scores of parts, and in one piece
+        s, slots = (x[None] for x in _select_at_once(q_nBGQK[0], keys, N, best))
     else:
-        s, slots = _select(q_nBGQK, keys, N, _loadable(slot_block, keys), best)
+        s, slots = _select(q_nBGQK, keys, N, slot_block, best)
 
     def of_all(found: tuple[Array, Array]) -> tuple[Array, Array]:
         s, slots = _best_of_all(*found, N, axes) if axes else found
@@ -627,7 +665,7 @@ def _select_in_one_pass(q_nBGQK: Array, parts: list[_Part], N: int) -> tuple[Arr
     return _one_by_one(one, q_nBGQK)
 
 
-def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int, best: _Best) -> tuple[Array, Array]:
+def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, best: _Best) -> tuple[Array, Array]:
     """The same, [B, G, Q, N], of a query whose scores are so few that all are made before the selection."""
 
     def write(part_s: Array | None, arrays: tuple, part: _Part, first: Array | int, counts: Array | None) -> Array:
@@ -637,7 +675,7 @@ def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, slot_block: int, 
         return jax.lax.dynamic_update_slice_in_dim(part_s, _scores(q_BGQK, arrays[0], counts, old), first, axis=3)
 
     nothing = lambda columns: jnp.full((*q_BGQK.shape[:3], columns), -jnp.inf)
-    each_s = _each_part(write, nothing, parts, slot_block)
+    each_s = _each_part(write, nothing, parts, max(part.columns for part in parts))
     s, index = best(jnp.concatenate(each_s, axis=3), min(N, sum(part.columns for part in parts)))
     slots, start = parts[0].number(index), parts[0].columns
     for part in parts[1:]:
