@@ -578,7 +578,7 @@ ROW = np.ones((2, 4), np.int32)
             r"attention_mask has shape \(2, 3\); wanted that of the tokens, \(2, 4\)",
         ),
         (ROW, {"memory": "topk"}, "wanted k for 'topk'"),
-        (ROW, {"memory": "dense", "k": 4}, "wanted k for 'topk', and only there"),
+        (ROW, {"memory": "dense", "k": 4}, "wanted k for 'topk' and 'approximate', and only there"),
         (ROW, {"memory": "sparse"}, "memory reading is 'sparse'"),
         (ROW, {"memory": "topk", "k": 0}, "k is 0"),
     ],

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 from test_memory import SCALE, brute_force, cached, fills
+from test_memory_sharded import model_config
 
 from fot_jax import memory, sharding
-from fot_jax.memory import kernels
-from fot_jax.memory.stored import empty, loaded, stored
+from fot_jax.memory import kernels, reading
+from fot_jax.memory.stored import empty, loaded, stored, whole_tiles
 
 BEST = jax.jit(kernels.best, static_argnums=4)
 
@@ -93,8 +94,9 @@ def test_weighted_sums_are_of_the_values_named(monkeypatch, dtype, scalars):
     np.testing.assert_allclose(jax.jit(kernels.weighted_sum)(values, column, weight), want, atol=1e-5)
 
 
-def test_turned_is_the_other_way_round():
-    x_KM = np.arange(8 * 2048, dtype=np.float32).reshape(8, 2048)
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_turned_is_the_other_way_round(dtype):
+    x_KM = np.random.default_rng(0).integers(-127, 128, (8, 2048)).astype(dtype)
     np.testing.assert_array_equal(kernels.turned(x_KM), x_KM.T)
 
 
@@ -141,3 +143,32 @@ def test_nothing_as_long_as_memory_is_sorted_or_held_on_a_tpu():
     plain = [one for one in programs if one["way"] == "plain"]
     assert plain and all(one["sorted_most"] == 2**20 for one in plain)  # or the figure would say nothing of ours
     assert {one["kernels"] > 0 for one in programs if one["way"] == "topk"} == {True}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_vectors_are_filled_up_to_whole_tiles(monkeypatch, tmp_path, dtype):
+    """Heads of 10 dimensions as a TPU's memory has them, 16 or 32, here read by a CPU."""
+    B, H, G, T, K, M, k = 2, 4, 2, 3, 10, 64, 5
+    config = model_config(G, H, K, dtype=dtype)
+    rng = np.random.default_rng(0)
+    q, keys, values = (rng.integers(-3, 4, size).astype(np.float32) for size in ((B, H, T, K), *[(B, G, M, K)] * 2))
+    keys[..., 0], values[..., 0], q[..., 0] = 127, 127, 0
+    length_B = np.array([60, 33], np.int32)
+    with monkeypatch.context() as patched:
+        patched.setattr(sharding, "platform", lambda: "tpu")
+        mem = memory.init_memory(config, B, M)
+    assert mem.keys[0].shape == mem.values[0].shape == (B, G, 16 if dtype == "float32" else 32, M)
+    monkeypatch.setattr(reading, "_filled_up", lambda K, page: whole_tiles(K, dtype))
+    mem = memory.append(mem, [cached(keys)], [cached(values)], length_B)
+    memory.save(tmp_path / "mem", mem)
+    mem = jax.jit(memory.merge)(memory.clear(mem, np.array([True, True])), mem)
+    here = memory.load(tmp_path / "mem", memory.init_memory(config, B, M))
+    np.testing.assert_array_equal(loaded(here.keys[0])[..., :33], cached(keys)[..., :33])
+    arrays = q, mem.keys[0], mem.values[0], mem.length_B
+    partial, slots, s = memory.topk(*arrays, k=k, scale=SCALE)
+    whole = memory.dense(*arrays, scale=SCALE)
+    want_slots, want_s, want_o, _ = brute_force(q, keys, values, length_B, k, SCALE)
+    np.testing.assert_array_equal(slots, want_slots)
+    np.testing.assert_array_equal(s, want_s)
+    np.testing.assert_allclose(partial.o_BHTK, want_o, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole.o_BHTK, brute_force(q, keys, values, length_B, M, SCALE)[2], rtol=1e-5, atol=1e-5)

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from fot_jax import sharding
 from fot_jax.config import MAX_SIZE, ModelConfig
 from fot_jax.memory import host
-from fot_jax.memory.stored import Buffer, Int8, empty, stored, vector_bytes
+from fot_jax.memory.stored import Buffer, Int8, empty, stored, vector_bytes, whole_tiles
 
 Array = jax.Array
 
@@ -110,18 +110,19 @@ def check_deals(deals: Sequence[Deal]) -> None:
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["keys", "values", "length_B", "seen"], meta_fields=["deal"]
+    jax.tree_util.register_dataclass, data_fields=["keys", "values", "length_B", "seen"], meta_fields=["deal", "size"]
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """Keys and values of some layers, appended to in place when donated.
 
     Attributes:
-        keys, values: one [B, G, K, M] array a layer, or `Int8`; un-rotated keys. Values may lie in the host's memory,
-            with K rounded up; see `init_memory`.
+        keys, values: one [B, G, K, M] array a layer, or `Int8`; un-rotated keys. Values may lie in the host's memory;
+            see `init_memory`. There, and on a TPU, K is filled up to whole tiles, with zeros.
         length_B: int32, slots filled in every layer.
         deal: how slots lie on devices.
         seen: which slots are read, bool [B, 1, 1, M] as they lie; None for all that are filled. See `restrict`.
+        size: dimensions of a head; None: all of K.
     """
 
     keys: tuple[Buffer, ...]
@@ -129,6 +130,12 @@ class Cache:
     length_B: Array
     deal: Deal = Deal()
     seen: Array | None = None
+    size: int | None = None
+
+    @property
+    def head_size(self) -> int | None:
+        """Dimensions of a head; None where there are no layers."""
+        return self.size or (self.keys[0].shape[2] if self.keys else None)
 
     @property
     def pages(self) -> tuple[Cache, ...]:
@@ -254,15 +261,15 @@ def init_memory(config: ModelConfig, batch: int, capacity: int, values_on_host: 
         ValueError: as `init_cache`; a capacity that the devices do not divide; values on a host whose memory the
             devices do not reach, or on a TPU's in int8 or with other than multiples of 128 slots on a device.
     """
-    if not values_on_host:
-        cache = init_cache(config, batch, len(config.mem_layers), capacity, config.mem_dtype)
-        return dataclasses.replace(cache, deal=dealt(cache.capacity))
-    none = init_memory(config, batch, 0)
     _check_capacity(capacity)
-    shape, deal = (batch, config.n_kv_heads, config.head_size, capacity), dealt(capacity)
-    host.check(capacity // deal.ways, config.mem_dtype)
-    each = lambda make: tuple(make(shape, config.mem_dtype) for _ in config.mem_layers)
-    return dataclasses.replace(none, keys=each(empty), values=each(host.zeros), deal=deal)
+    deal, K, dtype = dealt(capacity), config.head_size, config.mem_dtype
+    if values_on_host:
+        host.check(capacity // deal.ways, dtype)
+    if values_on_host or sharding.platform() == "tpu":
+        K = whole_tiles(K, dtype)
+    each = lambda make: tuple(make((batch, config.n_kv_heads, K, capacity), dtype) for _ in config.mem_layers)
+    values = each(host.zeros if values_on_host else empty)
+    return Cache(each(empty), values, jnp.zeros((batch,), jnp.int32), deal, size=config.head_size)
 
 
 def token_bytes(config: ModelConfig) -> int:
@@ -340,7 +347,7 @@ def append(
     if not keys:
         return cache
     check_deals(cache.deals)
-    B, G, K, _ = pages[0].keys[0].shape
+    B, G, K = *pages[0].keys[0].shape[:2], pages[0].head_size
     T, room = keys[0].shape[3], min(page.capacity for page in pages)
     for new in (*keys, *values):
         if new.shape != (B, G, K, T):

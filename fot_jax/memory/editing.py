@@ -140,7 +140,7 @@ def _take_of_page(page: Cache, slot_BT: Array) -> tuple[tuple[Buffer, ...], tupl
             size = host.span(min(x.shape[3], page.deal.most_columns(len(t))), x)
             before_B = page.deal.before(jnp.clip(first_B, 0, page.capacity), device)
             from_B = host.start(before_B, size, x)
-            x = host.cut(x, from_B, size, page.keys[0].shape[2])
+            x = host.cut(x, from_B, size, page.head_size)
             column = jnp.where(mine, column_BT - from_B[:, None], 0)
             found = jnp.take_along_axis(x, column[:, None, None, :], axis=3)
             return jnp.where(mine[:, None, None, :], found, jnp.zeros((), x.dtype))

@@ -1,9 +1,8 @@
 """Values in the host's memory: top-k reads k of them for a query, so a device need not hold all.
 
 Programs do not compute with arrays that lie there (memory kind "pinned_host"): they copy parts of them to the device
-and back. A TPU copies whole tiles, so that all copies begin and end at multiples of `LANES` columns, and K is filled up
-with zeros to a multiple of `SUBLANES`: of another K it would make its tiles of other dimensions. Scales of int8 are few
-bytes, and stay on the device.
+and back. A TPU copies whole tiles, so that all copies begin and end at multiples of `LANES` columns. Scales of int8 are
+few bytes, and stay on the device.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from fot_jax.memory.stored import Buffer, Int8, empty
 Array = jax.Array
 
 KIND = "pinned_host"
-SUBLANES, LANES = 8, 128  # rows and columns of a tile
+LANES = 128  # columns of a tile
 BLOCK_BYTES = 2**26  # of values that are on the device at a time, and of those that are fetched at once
 
 # JAX 0.12 gave the one the name, and the place, of the other.
@@ -45,14 +44,12 @@ def of_kind(where: jax.sharding.Sharding, x: Buffer) -> jax.sharding.Sharding:
 
 
 def zeros(shape: tuple[int, ...], dtype: str) -> Buffer:
-    """A buffer [B, G, K, M] of zeros, K rounded up to whole tiles, that never was on the device; not to be made inside
-    a program.
+    """A buffer [B, G, K, M] of zeros that never was on the device; not to be made inside a program.
 
     Raises:
         ValueError: devices that cannot reach such memory.
     """
-    B, G, K, M = shape
-    like = jax.eval_shape(lambda: empty((B, G, -(-K // SUBLANES) * SUBLANES, M), dtype))
+    like = jax.eval_shape(lambda: empty(shape, dtype))
     nothing = lambda like: there(np.zeros(like.shape, like.dtype))
     if isinstance(like, Int8):
         return Int8(nothing(like.numbers), jnp.zeros(like.scale.shape, like.scale.dtype))
@@ -179,7 +176,7 @@ def _block(x_BGKM: Array) -> int:
 def weighted_sum(
     values: Buffer, column_BGQN: Array, weight_BGQN: Array, filled_B: Array, dtype: jnp.dtype, budget: int
 ) -> Array:
-    """sum over n of weight x the value in a column: float32 [B, G, Q, K], K that of the array.
+    """sum over n of weight x the value in a column: float32 [B, G, Q, K].
 
     A few values are fetched, by the host itself or, for a TPU, one by one in the tiles that they lie in: to compute
     with an array there, a TPU's host would turn all of it into another layout first. For many queries all values that

@@ -20,7 +20,7 @@ import numpy as np
 from fot_jax import attention, sharding
 from fot_jax.memory import host, kernels
 from fot_jax.memory.cache import Deal, check_deals, places, power_of_two
-from fot_jax.memory.stored import Buffer, Int8, loaded
+from fot_jax.memory.stored import Buffer, Int8, loaded, whole_tiles
 
 Array = jax.Array
 
@@ -357,6 +357,13 @@ def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
     return loop(carry, piece, False, least // piece, -(-most // piece))
 
 
+def _filled_up(K: int, page: tuple[Buffer, ...]) -> int:
+    """Dimensions that vectors of K have in a page: on a TPU, and with values on the host, there may be more."""
+    if sharding.platform() != "tpu" and not any(map(host.holds, page)):
+        return K
+    return whole_tiles(K, "int8" if isinstance(page[0], Int8) else "")
+
+
 def _check_arrays(q_BHTK: Array, pages: Sequence[tuple[Buffer, ...]], length_B: Array, deals: Sequence[Deal]) -> None:
     """Refuses arrays that do not fit each other.
 
@@ -366,9 +373,7 @@ def _check_arrays(q_BHTK: Array, pages: Sequence[tuple[Buffer, ...]], length_B: 
     B, H, T, K = q_BHTK.shape
     for page in pages:
         _, G, size, M = page[0].shape
-        # On the host values have their K filled up.
-        sizes = {x.shape[:2] + x.shape[3:] for x in page}
-        if sizes != {(B, G, M)} or size != K or page[-1].shape[2] < K or H % max(G, 1):
+        if {x.shape for x in page} != {(B, G, size, M)} or H % max(G, 1) or size not in (K, _filled_up(K, page)):
             raise ValueError(
                 f"queries {q_BHTK.shape} and memory {' and '.join(str(x.shape) for x in page)} do not fit; wanted "
                 "[B, H, T, K] and [B, G, K, M] with H a multiple of G"
@@ -394,12 +399,14 @@ def _on_devices(
     seen: Seen,
 ) -> Any:
     """`read` on every device of the mesh of `jax.set_mesh`, each with its rows, heads and slots; what it returns is
-    split as the queries' rows and heads are.
+    split as the queries' rows and heads are. Queries have zeros where vectors of memory are filled up.
 
     Raises:
         ValueError: a memory that was dealt to other devices than the mesh has.
     """
     _check_arrays(q_BHTK, pages, length_B, deals)
+    K = max([q_BHTK.shape[3], *(page[0].shape[2] for page in pages)])
+    q_BHTK = jnp.pad(q_BHTK, [(0, 0)] * 3 + [(0, K - q_BHTK.shape[3])])
     n = len(pages)
     whole = zip(pages, deals or (Deal(),) * n, seen or (None,) * n, strict=True)
     held = [page for page in whole if page[0][0].shape[3]]
@@ -470,7 +477,8 @@ def dense(
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
     if any(values.shape[3] and host.holds(values) for _, values in pages):
         raise ValueError("values are on the host, of which dense reading would need all; wanted reading by top-k")
-    return _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals, seen)
+    partial = _on_devices(functools.partial(_dense, scale, score_bytes), q_BHTK, pages, length_B, deals, seen)
+    return partial._replace(o_BHTK=partial.o_BHTK[..., : q_BHTK.shape[3]])
 
 
 def _dense(
@@ -566,6 +574,7 @@ def topk(
     partial, slots, s = _on_devices(
         functools.partial(_topk, N, scale, score_bytes, recall), q_BHTK, pages, length_B, deals, seen
     )
+    partial = partial._replace(o_BHTK=partial.o_BHTK[..., : q_BHTK.shape[3]])
     return partial, *_widened(k, slots, s)
 
 
@@ -709,7 +718,7 @@ def _topk(
     for part in parts:
         values, column_BGQN = part.arrays[1], part.column(slots_BGQN)
         if host.holds(values):
-            o_BGQK += host.weighted_sum(values, column_BGQN, weight_BGQN, part.filled_B, dtype, budget)[..., :K]
+            o_BGQK += host.weighted_sum(values, column_BGQN, weight_BGQN, part.filled_B, dtype, budget)
             continue
 
         def add(o_BGQK: Array, values=values, column_BGQN=column_BGQN) -> Array:

@@ -115,7 +115,7 @@ def _about(cache: Cache | Pages) -> dict[str, Any]:
     page = cache.pages[0]
     heads = size = dtype = None
     if page.keys:
-        _, heads, size, _ = page.keys[0].shape
+        heads, size = page.keys[0].shape[1], page.head_size
         dtype = "int8" if isinstance(page.keys[0], Int8) else jnp.dtype(page.keys[0].dtype).name
     rows = page.length_B.shape[0]
     sizes = {"layers": len(page.keys), "rows": rows, "kv_heads": heads, "head_size": size}
@@ -140,8 +140,8 @@ def arrays_of(cache: Cache | Pages, kind: str) -> dict[str, np.ndarray]:
     out = {f"{kind}.length_B": length_B}
     pages = [jax.tree_util.tree_leaves_with_path(_buffers(page)) for page in cache.pages]
     for same in zip(*pages, strict=True):
-        K = cache.pages[0].keys[0].shape[2]  # of values on the host there may be more
-        out[_name(kind, same[0][0])] = _filled_slots([x for _, x in same], cache.deals, K, int(length_B.max()))
+        K, most = cache.pages[0].head_size, int(length_B.max())
+        out[_name(kind, same[0][0])] = _filled_slots([x for _, x in same], cache.deals, K, most)
     if any(seen is not None for seen in cache.each_seen):
         out[f"{kind}.seen"] = np.asarray(seen_slots(cache))
     return out
@@ -193,7 +193,7 @@ def _filled_page(page: Cache, arrays: dict[str, np.ndarray], kind: str, first: i
 
     def buffer(path: Any, like: Any) -> Any:
         x, name = arrays[_name(kind, path)], _name(kind, path)
-        sizes = *like.shape[:2], min(like.shape[2], page.keys[0].shape[2])
+        sizes = *like.shape[:2], min(like.shape[2], page.head_size)
         if x.shape[:-1] != sizes or x.dtype != like.dtype:
             raise ValueError(f"{name} is {x.dtype} {x.shape}; wanted {like.dtype} {sizes} and slots")
         part = x[..., first : first + page.capacity]

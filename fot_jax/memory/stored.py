@@ -51,6 +51,14 @@ def empty(shape: tuple[int, ...], dtype: str) -> Buffer:
     return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:2], 1, shape[3]), jnp.bfloat16))
 
 
+def whole_tiles(size: int, dtype: str) -> int:
+    """Dimensions of a vector, filled up to what a TPU's tiles hold whole: of another size it would make its tiles of
+    other dimensions, and turn all of memory round for whatever wants to read it as it lies.
+    """
+    rows = 32 if dtype == "int8" else 8
+    return -(-size // rows) * rows
+
+
 def vector_bytes(size: int, dtype: str) -> int:
     """Bytes that a vector of so many dimensions takes."""
     return size + 2 if dtype == "int8" else size * jnp.dtype(dtype).itemsize
