@@ -517,6 +517,8 @@ def test_forecasts_are_what_is_allocated():
     assert (
         memory.forecast(config.replace(dtypes=DtypePolicy(memory="int8")), 2**34, params_bytes=0).token_bytes == 19584
     )
+    on_host = memory.forecast(config, 16 * 2**30, params_bytes=params, values_on_host=True)
+    assert on_host.device_token_bytes == 37.5 * 512 and on_host.token_bytes == 37.5 * 1024
     odd = memory.forecast(config.replace(window=100), 2**35, params_bytes=params, ways=16).tokens
     assert odd > 0 and odd % 400 == 0  # a capacity that 16 devices divide
     with pytest.raises(ValueError, match="tensor is 3; wanted a divisor of n_kv_heads, 32"):

@@ -36,6 +36,7 @@ def forecast(
     rows: int = 1,
     ways: int = 1,
     tensor: int = 1,
+    values_on_host: bool = False,
 ) -> Forecast:
     """The largest memory that fits devices beside the model.
 
@@ -45,6 +46,7 @@ def forecast(
         rows: B, of each of which there is a memory.
         ways: devices that memory is dealt to (mesh axis context); each holds all parameters that `tensor` leaves it.
         tensor: devices that heads and parameters are split over.
+        values_on_host: whether values lie in the host's memory; of int8 their scales stay.
 
     Raises:
         ValueError: numbers below 1, or heads that `tensor` does not divide.
@@ -55,7 +57,8 @@ def forecast(
     if config.n_kv_heads % tensor:
         raise ValueError(f"tensor is {tensor}; wanted a divisor of n_kv_heads, {config.n_kv_heads}")
     token = token_bytes(config)
-    on_device = token * rows / (ways * tensor)
+    values = len(config.mem_layers) * config.n_kv_heads * config.head_size * jnp.dtype(config.mem_dtype).itemsize
+    on_device = (token - values * values_on_host) * rows / (ways * tensor)
     compute = jnp.dtype(config.dtypes.compute).itemsize
     window = 2 * config.n_layers * rows * config.window * config.n_kv_heads * config.head_size * compute // tensor
     # What top-k holds where it is given no budget: scores, and values retrieved.

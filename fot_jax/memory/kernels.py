@@ -1,8 +1,8 @@
 """What a TPU's own compiler does badly, as Pallas kernels: the selection of top-k, and fetching values.
 
-Scores of many queries are 64 times the bytes of keys, so that to write and read them costs more than the products they
-come of; and to fetch columns of an array the compiler turns all of it round first. Here scores never leave the chip,
-and a value costs the tile that it lies in.
+The scores of a window of queries are many times the bytes of keys, so that to write and read them costs more than the
+products they come of; and to fetch columns of an array the compiler turns all of it round first. Here scores never
+leave the chip, and a value costs the tile that it lies in.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fot_jax import sharding
+from fot_jax.memory.cache import power_of_two
 from fot_jax.memory.stored import Buffer, Int8
 
 Array = jax.Array
@@ -55,10 +56,7 @@ def fetches(queries: int, columns: int) -> bool:
 
 def bins(k: int) -> int:
     """Bins that k slots are selected with: eight times as many, or more than `KEPT` of them would often meet in one."""
-    n = LANES
-    while n < 8 * k:
-        n *= 2
-    return n
+    return max(LANES, power_of_two(8 * k))
 
 
 def best(q_BGQK: Array, keys: Buffer, filled_B: Array, seen: Array | None, k: int) -> tuple[Array, Array]:
