@@ -453,8 +453,8 @@ def dense(
 ) -> attention.Partial:
     """Attention over all filled slots, streamed over pages, blocks of slots and blocks of queries.
 
-    Pages and blocks that no row fills are not read. Derivatives in reverse mode exist where memory is one block and
-    queries are several; forward mode always works.
+    Pages and blocks that no row fills are not read. Derivatives in reverse mode exist where memory is one block of
+    fewer than 8192 slots and queries are several; forward mode always works.
 
     Args:
         q_BHTK: queries, rotated by their position in the window.
