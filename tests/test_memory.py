@@ -13,7 +13,7 @@ import pytest
 import fot_jax
 from fot_jax import memory
 from fot_jax.config import DtypePolicy, ModelConfig
-from fot_jax.memory.stored import loaded
+from fot_jax.memory.stored import empty, loaded
 
 CONFIG = ModelConfig(vocab_size=11, d_model=8, d_ff=8, n_layers=3, n_heads=4, n_kv_heads=2, window=4, mem_layers=(0, 2))
 SCALE = 0.5
@@ -561,3 +561,41 @@ def test_an_approximate_search_offers_what_approx_max_k_finds(monkeypatch, T):
     _, _, want_o, want_lse = brute_force(q, *even, k, SCALE)
     np.testing.assert_allclose(partial.o_BHTK, want_o, atol=1e-5)
     np.testing.assert_allclose(partial.lse_BHT, want_lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_blocks_that_are_no_multiple_of_their_pieces(T):
+    """Large blocks, filled in part: a budget of 8500 slots, and pages of 70,000 and of an eighth of it."""
+    B, H, G, K, k = 2, 1, 1, 2, 8
+    rng = np.random.default_rng(T)
+    for M, fill, score_bytes in ((30_000, (12_000, 29_999), 34_000 * T * B), (70_000, (20_000, 1_300), None)):
+        q, keys, values = arrays(rng, B, T, H, G, K, M, rng.standard_normal)
+        length_B = np.array(fill, np.int32)
+        want_slots, _, want_o, _ = brute_force(q, keys, values, length_B, k, SCALE)
+        o, _, slots = topk(q, keys, values, length_B, k=k, score_bytes=score_bytes)
+        np.testing.assert_array_equal(slots, want_slots)
+        np.testing.assert_allclose(o, want_o, atol=1e-5)
+        partial = dense(q, keys, values, length_B, scale=SCALE, score_bytes=score_bytes)
+        s = np.where(np.arange(M) < length_B[:, None, None, None], SCALE * q @ keys.swapaxes(2, 3), -np.inf)
+        np.testing.assert_allclose(partial.lse_BHT, np.log(np.exp(np.float64(s)).sum(-1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_bfloat16_memory_has_forward_derivatives(T):
+    M, length_B = 9000, jnp.array([2000], jnp.int32)  # in pieces
+    q, keys, values = (jnp.asarray(x) for x in arrays(np.random.default_rng(0), 1, T, 1, 1, 2, M, np.ones))
+    values = cached(values).astype(jnp.bfloat16)
+    of = lambda v: memory.dense(q, cached(keys).astype(jnp.bfloat16), v, length_B, scale=SCALE, score_bytes=4000).o_BHTK
+    _, slope = jax.jvp(of, (values,), (jnp.ones_like(values),))
+    np.testing.assert_allclose(slope, np.ones(slope.shape), rtol=1e-5)  # an average moves as what it is of
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("T", [1, 32])
+def test_no_format_is_converted_as_a_whole(dtype, T):
+    B, H, K, M, budget = 1, 2, 64, 2**16, 2**21
+    keys = jax.eval_shape(lambda: empty((B, H, K, M), dtype))
+    q, length_B = jax.ShapeDtypeStruct((B, H, T, K), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    search = jax.jit(functools.partial(memory.search, k=5, score_bytes=budget))
+    program = search.lower(q, keys, length_B).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2**23  # all of it in float32 would be 32 MiB

@@ -63,6 +63,8 @@ def test_topk_gives_what_it_gives_with_values_on_the_device(devices, dtype, ways
         assert kinds(there) == ({"device"}, {host.KIND})
         assert kinds(here) == ({"device"}, {"device"})
         same_numbers(there, here)
+        searched = memory.search(q, there.keys[0], there.length_B, k=5, deals=there.deals)[0]
+        np.testing.assert_array_equal(searched, topk(q, here, k=5)[1])
         for T, k in ((1, 5), (3, 300)):  # values are fetched, and pass through the device
             found, wanted = (topk(q[:, :, :T], mem, k=k) for mem in (there, here))
             assert found[0].o_BHTK.sharding.memory_kind == "device"

@@ -138,12 +138,14 @@ def load_reader(
             f"memory_capacity is {memory_capacity}"
         )
     rows = head["rows"] if rows is None else rows
-    make = lambda: new_reader(config, rows, memory_capacity or memory_tokens(config, rows, needed), values_on_host)
-    empty = make() if values_on_host else jax.eval_shape(make)
+    empty = jax.eval_shape(lambda: new_reader(config, rows, memory_capacity or memory_tokens(config, rows, needed)))
     with saving.opened(path, FORMAT) as file:
         arrays = saving.read(file)
         if rows != head["rows"]:
             arrays = {name: np.repeat(x, rows, axis=0) for name, x in arrays.items()}
-        mem, local = saving.filled(empty.mem, arrays, "memory"), saving.filled(empty.local, arrays, "local")
+        mem, local = (
+            saving.filled(empty.mem, arrays, "memory", values_on_host),
+            saving.filled(empty.local, arrays, "local"),
+        )
         reader = Reader(**{name: arrays[name] for name in _ROW_ARRAYS}, local=local, mem=mem)
     return jax.tree.map(jnp.asarray, placed_with(params, reader))

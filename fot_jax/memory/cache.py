@@ -118,7 +118,7 @@ class Cache:
 
     Attributes:
         keys, values: one [B, G, K, M] array a layer, or `Int8`; un-rotated keys. Values may lie in the host's memory;
-            see `init_memory`. There, and on a TPU, K is filled up to whole tiles, with zeros.
+            see `init_memory`. On a TPU memory's K is filled up to whole tiles, with zeros.
         length_B: int32, slots filled in every layer.
         deal: how slots lie on devices.
         seen: which slots are read, bool [B, 1, 1, M] as they lie; None for all that are filled. See `restrict`.
@@ -262,19 +262,25 @@ def init_memory(config: ModelConfig, batch: int, capacity: int, values_on_host: 
             devices do not reach, or on a TPU's in int8 or with other than multiples of 128 slots on a device.
     """
     _check_capacity(capacity)
-    deal, K, dtype = dealt(capacity), config.head_size, config.mem_dtype
+    deal, K, dtype = dealt(capacity), _held_size(config), config.mem_dtype
     if values_on_host:
         host.check(capacity // deal.ways, dtype)
-    if values_on_host or sharding.platform() == "tpu":
-        K = whole_tiles(K, dtype)
     each = lambda make: tuple(make((batch, config.n_kv_heads, K, capacity), dtype) for _ in config.mem_layers)
     values = each(host.zeros if values_on_host else empty)
     return Cache(each(empty), values, jnp.zeros((batch,), jnp.int32), deal, size=config.head_size)
 
 
+def _held_size(config: ModelConfig) -> int:
+    """Dimensions that a head has in memory, on the platform that programs are made for."""
+    K = config.head_size
+    return whole_tiles(K, config.mem_dtype) if sharding.platform() == "tpu" else K
+
+
 def token_bytes(config: ModelConfig) -> int:
-    """Bytes of memory that a token of a row takes: its keys and values in all memory layers."""
-    return len(config.mem_layers) * 2 * config.n_kv_heads * vector_bytes(config.head_size, config.mem_dtype)
+    """Bytes of memory that a token of a row takes, its keys and values in all memory layers, on the platform that
+    programs are made for.
+    """
+    return len(config.mem_layers) * 2 * config.n_kv_heads * vector_bytes(_held_size(config), config.mem_dtype)
 
 
 def init_pages(config: ModelConfig, batch: int, capacity: int, values_on_host: bool = False) -> Pages:
@@ -361,6 +367,8 @@ def append(
     if count_B.shape != (B,):
         raise ValueError(f"count_B is {count_B.shape}; wanted ({B},), the rows of the cache")
     check_room(cache, count_B, T)
+    if not T:
+        return cache
     count_B = jnp.clip(count_B, 0, T)
     out, first = [], 0
     for page in pages:

@@ -38,7 +38,7 @@ def forecast(
     tensor: int = 1,
     values_on_host: bool = False,
 ) -> Forecast:
-    """The largest memory that fits devices beside the model.
+    """The largest memory that fits devices beside the model, as memory is on the platform that programs are made for.
 
     Args:
         device_bytes: of one device.
@@ -57,8 +57,8 @@ def forecast(
     if config.n_kv_heads % tensor:
         raise ValueError(f"tensor is {tensor}; wanted a divisor of n_kv_heads, {config.n_kv_heads}")
     token = token_bytes(config)
-    values = len(config.mem_layers) * config.n_kv_heads * config.head_size * jnp.dtype(config.mem_dtype).itemsize
-    on_device = (token - values * values_on_host) * rows / (ways * tensor)
+    scales = 2 * len(config.mem_layers) * config.n_kv_heads if config.mem_dtype == "int8" else 0
+    on_device = (token // 2 + scales if values_on_host else token) * rows / (ways * tensor)
     compute = jnp.dtype(config.dtypes.compute).itemsize
     window = 2 * config.n_layers * rows * config.window * config.n_kv_heads * config.head_size * compute // tensor
     # What top-k holds where it is given no budget: scores, and values retrieved.

@@ -1,4 +1,5 @@
-"""Values in the host's memory: top-k reads k of them for a query, so a device need not hold all.
+"""Values in the host's memory: top-k reads k of them for a query, so a device need not hold all. And parts of arrays,
+cut out and put in wherever they lie.
 
 Programs do not compute with arrays that lie there (memory kind "pinned_host"): they copy parts of them to the device
 and back. A TPU copies whole tiles, so that all copies begin and end at multiples of `LANES` columns. Scales of int8 are
@@ -8,7 +9,6 @@ few bytes, and stay on the device.
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -152,18 +152,17 @@ def moved_down(x_BGKM: Array, columns_B: Array) -> Array:
     """The array with each row's columns moved down by so many; in the places left, any numbers."""
     B, _, K, M = x_BGKM.shape
     size = _block(x_BGKM)
-    if M % size:  # a last block that shares columns with the one before would read what that has written
-        size = math.gcd(M, size)
-    wider = span(size, x_BGKM)
+    rest = M % size  # a block of its own: one that shares columns with another would read what that has written
 
-    def one(i: Array, x_BGKM: Array) -> Array:  # what a block is made of lies in its place or after it
-        from_B = i * size + columns_B
+    def one(size: int, first: Array | int, x_BGKM: Array) -> Array:  # made of what lies in its place or after it
+        wider, from_B = span(size, x_BGKM), first + columns_B
         first_B = start(from_B, wider, x_BGKM)
         roll = jax.vmap(functools.partial(jnp.roll, axis=2))
         new_BGKS = roll(cut(x_BGKM, first_B, wider, K), first_B - from_B)[..., :size]
-        return put(x_BGKM, new_BGKS, jnp.full((B,), i * size))
+        return put(x_BGKM, new_BGKS, jnp.full((B,), first))
 
-    return jax.lax.fori_loop(0, M // size, one, x_BGKM)
+    x_BGKM = jax.lax.fori_loop(0, M // size, lambda i, x_BGKM: one(size, i * size, x_BGKM), x_BGKM)
+    return one(rest, M - rest, x_BGKM) if rest else x_BGKM
 
 
 def _block(x_BGKM: Array) -> int:

@@ -137,9 +137,9 @@ def _topk_blocks(queries: int, parts: Sequence[_Part], rows: int, score_bytes: i
     converted = any(part.converted for part in parts)
     for few in (min(queries, FEW_QUERIES), 1):
         scores, copied = 9 * rows * few, 4 * B * G * K
-        if not converted and largest <= min(MOST_SLOTS, budget // scores):
-            copied = 0
         slot_block = min(largest, MOST_SLOTS, power_of_two(budget // (scores + copied) + 1) // 2)
+        if not converted and largest <= min(MOST_SLOTS, budget // scores):
+            slot_block, copied = largest, 0
         if slot_block >= 64 * SUB_BLOCK:
             break
     slot_block = max(slot_block, min(largest, 256))
@@ -326,9 +326,21 @@ def _cut(x: Array, first: Array, size: int) -> Array:
     """
     if x.dtype != jnp.bfloat16 or sharding.platform() != "cpu":
         return jax.lax.dynamic_slice_in_dim(x, first, size, axis=3)
+    return _cut_by_bits(x, first, size)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _cut_by_bits(x: Array, first: Array, size: int) -> Array:
     x, first = jax.lax.optimization_barrier((x, first))  # nothing that a loop could do with all of it before it begins
     bits = jax.lax.dynamic_slice_in_dim(jax.lax.bitcast_convert_type(x, jnp.uint16), first, size, axis=3)
     return jax.lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
+@_cut_by_bits.defjvp
+def _(size: int, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, first = primals
+    slope = jax.lax.dynamic_slice_in_dim(tangents[0], first, size, axis=3).astype(jnp.float32)
+    return _cut_by_bits(x, first, size), slope
 
 
 def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
@@ -350,6 +362,7 @@ def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
 
     least, most = jnp.min(part.filled_B), jnp.max(part.filled_B)
     piece = size // TAILS if size // TAILS >= SMALL_BLOCK else size
+    size = piece * TAILS if piece < size else size  # whole pieces: the tail begins where the blocks end
     carry = loop(carry, size, True, 0, least // size)  # filled in every row: no mask
     if piece < size:
         carry = loop(carry, size, False, least // size, most // size)
@@ -358,10 +371,8 @@ def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
 
 
 def _filled_up(K: int, page: tuple[Buffer, ...]) -> int:
-    """Dimensions that vectors of K have in a page: on a TPU, and with values on the host, there may be more."""
-    if sharding.platform() != "tpu" and not any(map(host.holds, page)):
-        return K
-    return whole_tiles(K, "int8" if isinstance(page[0], Int8) else "")
+    """Dimensions that vectors of K have in a page of memory: on a TPU there may be more."""
+    return whole_tiles(K, "int8" if isinstance(page[0], Int8) else "") if sharding.platform() == "tpu" else K
 
 
 def _check_arrays(q_BHTK: Array, pages: Sequence[tuple[Buffer, ...]], length_B: Array, deals: Sequence[Deal]) -> None:

@@ -28,6 +28,7 @@ from fot_jax.memory.editing import restrict, seen_slots
 from fot_jax.memory.stored import Int8
 
 FORMAT = "fot_jax memory 1"
+SCALE = jax.tree_util.GetAttrKey("scale")  # of int8, which stays on the device
 
 
 class SavedMemoryError(ValueError):
@@ -78,8 +79,9 @@ def load(path: str | os.PathLike, like: Cache | Pages, *, resize: bool = False) 
     Args:
         path: the file.
         like: a memory of `init_memory` or `init_pages`, made under the mesh of `jax.set_mesh`: says capacity, layers,
-            rows, heads, dtype and how slots are dealt. What is in it, a mask too, is not in the result. Its arrays are
-            not looked at and not used up: what `jax.eval_shape` gives of one will do, and takes no room.
+            rows, heads, dtype, how slots are dealt and where values lie. What is in it, a mask too, is not in the
+            result. Its arrays are not looked at and not used up: with values on the device what `jax.eval_shape` gives
+            of one will do, and takes no room.
         resize: whether the capacity may be another, where all tokens fit. Of a mask, slots that the saved memory had no
             room for are read.
 
@@ -106,7 +108,7 @@ def load(path: str | os.PathLike, like: Cache | Pages, *, resize: bool = False) 
             check_deals(like.deals)
         except ValueError as error:
             raise SavedMemoryError(f"saved memory {path}: what it is to be read into does not fit: {error}") from None
-        out = filled(like, read(file), "memory")
+        out = filled(like, read(file), "memory", like.values_on_host)
     return jax.tree.map(jnp.asarray, place(out))
 
 
@@ -169,7 +171,9 @@ def _filled_slots(arrays: Sequence[Any], deals: Sequence[Deal], K: int, filled: 
     return np.ascontiguousarray(np.concatenate(parts, axis=-1))
 
 
-def filled(like: Cache | Pages, arrays: dict[str, np.ndarray], kind: str) -> Cache | Pages:
+def filled(
+    like: Cache | Pages, arrays: dict[str, np.ndarray], kind: str, values_on_host: bool = False
+) -> Cache | Pages:
     """A memory as `like`, with what `arrays_of` gave of another. It is of NumPy arrays, but for values on the host: put
     on devices one by one, each where it belongs, they never are on one together.
 
@@ -178,7 +182,7 @@ def filled(like: Cache | Pages, arrays: dict[str, np.ndarray], kind: str) -> Cac
     """
     pages, first = [], 0
     for page in like.pages:
-        pages.append(_filled_page(page, arrays, kind, first))
+        pages.append(_filled_page(page, arrays, kind, first, values_on_host))
         first += page.capacity
     out = like.with_pages(pages)
     if f"{kind}.seen" not in arrays:
@@ -188,8 +192,11 @@ def filled(like: Cache | Pages, arrays: dict[str, np.ndarray], kind: str) -> Cac
     return restrict(out, np.pad(seen_BM, more, constant_values=True))
 
 
-def _filled_page(page: Cache, arrays: dict[str, np.ndarray], kind: str, first: int) -> Cache:
+def _filled_page(page: Cache, arrays: dict[str, np.ndarray], kind: str, first: int, values_on_host: bool) -> Cache:
     """A page with the slots from `first` on, as many as it has room for."""
+    if values_on_host and page.keys:
+        dtype = "int8" if isinstance(page.keys[0], Int8) else jnp.dtype(page.keys[0].dtype).name
+        host.check(page.capacity // page.deal.ways, dtype)
 
     def buffer(path: Any, like: Any) -> Any:
         x, name = arrays[_name(kind, path)], _name(kind, path)
@@ -199,7 +206,8 @@ def _filled_page(page: Cache, arrays: dict[str, np.ndarray], kind: str, first: i
         part = x[..., first : first + page.capacity]
         more = like.shape[2] - part.shape[2], page.capacity - part.shape[3]
         dealt = page.deal.as_dealt(np.pad(part, [(0, 0), (0, 0), *((0, n) for n in more)]))
-        return host.there(dealt) if host.holds(like) else dealt
+        on_host = values_on_host and path[0].key == "values" and path[-1] != SCALE
+        return host.there(dealt) if on_host else dealt
 
     buffers = jax.tree_util.tree_map_with_path(buffer, _buffers(page))
     # A cache without layers has room for nothing, whatever was read.
