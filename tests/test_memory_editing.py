@@ -217,8 +217,6 @@ def test_recall_is_measured_on_the_same_queries(monkeypatch):
         values, index = jax.lax.top_k(s, k + 1)
         return values[..., 1:], index[..., 1:]
 
-    jax.clear_caches()
     monkeypatch.setattr(jax.lax, "approx_max_k", without_the_best)
-    found = recall(config, params, reader, tokens_BT[:, :2], reading)
-    jax.clear_caches()
-    assert found == {0: 0.75, 1: 0.75}
+    found = recall(config, params, reader, tokens_BT[:, :2], memory.Reading("approximate", 2))  # a program of its own
+    assert found == {0: 0.5, 1: 0.5}

@@ -34,6 +34,7 @@ def tokens(layers=2, start=0, size=64):
 
 
 APPEND = jax.jit(memory.append, donate_argnums=0)
+TAKE = jax.jit(memory.take, static_argnums=(1, 2))
 
 
 def filled(empty, length_B=LENGTH_B):
@@ -45,7 +46,7 @@ def filled(empty, length_B=LENGTH_B):
 
 def contents(mem):
     """Everything in it, in the order of slots, whatever it lies on."""
-    buffers = jax.tree.map(lambda x: np.asarray(x)[..., : int(LENGTH_B.max())], memory.take(mem, 0, 64))
+    buffers = jax.tree.map(lambda x: np.asarray(x)[..., : int(LENGTH_B.max())], TAKE(mem, 0, 64))
     return buffers, np.asarray(mem.length_B), np.asarray(memory.seen_slots(mem))
 
 
