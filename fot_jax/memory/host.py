@@ -17,12 +17,11 @@ from jax.experimental import compute_on as _compute_on
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from fot_jax import sharding
-from fot_jax.memory.stored import Buffer, Int8, empty
+from fot_jax.memory.stored import LANES, Buffer, Int8, empty, unscaled
 
 Array = jax.Array
 
 KIND = "pinned_host"
-LANES = 128  # columns of a tile
 BLOCK_BYTES = 2**26  # of values that are on the device at a time, and of those that are fetched at once
 
 # JAX 0.12 gave the one the name, and the place, of the other.
@@ -189,11 +188,7 @@ def weighted_sum(
         dtype: what is multiplied; sums are float32.
         budget: bytes of the values of queries, picked out of a block, that are held at a time.
     """
-    v_BGKM = values
-    if isinstance(values, Int8):
-        v_BGKM, scale_BG1M = values.numbers, values.scale
-        scale = jnp.take_along_axis(scale_BG1M, jnp.maximum(column_BGQN, 0), axis=-1)
-        weight_BGQN *= scale.astype(jnp.float32)
+    v_BGKM, weight_BGQN = unscaled(values, column_BGQN, weight_BGQN)
     B, G, K, M = v_BGKM.shape
     Q, N = column_BGQN.shape[2:]
     tiled = sharding.platform() == "tpu"

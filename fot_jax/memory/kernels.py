@@ -16,11 +16,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from fot_jax import sharding
 from fot_jax.memory.cache import power_of_two
-from fot_jax.memory.stored import Buffer, Int8
+from fot_jax.memory.stored import LANES, Buffer, Int8, unscaled
 
 Array = jax.Array
 
-LANES = 128  # columns of a tile
 KEPT = 4  # best slots that are kept of every bin
 MOST_BINS = 4096  # that are held for 32 queries, beside as many keys
 TILE_SCORES = 2**17  # of a block of queries and a slot of every bin, in the chip's own memory
@@ -210,11 +209,7 @@ def weighted_sum(values: Buffer, column_BGQN: Array, weight_BGQN: Array) -> Arra
         column_BGQN: int32; below 0 for none.
         weight_BGQN: float32.
     """
-    v_BGKM = values
-    if isinstance(values, Int8):
-        v_BGKM, scale_BGM = values.numbers, values.scale[:, :, 0]
-        of_columns = jnp.take_along_axis(scale_BGM[:, :, None], jnp.maximum(column_BGQN, 0), axis=-1)
-        weight_BGQN *= of_columns.astype(jnp.float32)
+    v_BGKM, weight_BGQN = unscaled(values, column_BGQN, weight_BGQN)
     B, G, K, _ = v_BGKM.shape
     Q, N = column_BGQN.shape[2:]
     n = B * G * Q

@@ -20,7 +20,7 @@ import numpy as np
 from fot_jax import attention, sharding
 from fot_jax.memory import host, kernels
 from fot_jax.memory.cache import Deal, check_deals, places, power_of_two
-from fot_jax.memory.stored import Buffer, Int8, loaded, whole_tiles
+from fot_jax.memory.stored import Buffer, Int8, format_of, loaded, whole_tiles
 
 Array = jax.Array
 
@@ -372,7 +372,7 @@ def _over_blocks(step: _Step, carry: Any, part: _Part, size: int) -> Any:
 
 def _filled_up(K: int, page: tuple[Buffer, ...]) -> int:
     """Dimensions that vectors of K have in a page of memory: on a TPU there may be more."""
-    return whole_tiles(K, "int8" if isinstance(page[0], Int8) else "") if sharding.platform() == "tpu" else K
+    return whole_tiles(K, format_of(page[0])) if sharding.platform() == "tpu" else K
 
 
 def _check_arrays(q_BHTK: Array, pages: Sequence[tuple[Buffer, ...]], length_B: Array, deals: Sequence[Deal]) -> None:
@@ -652,9 +652,9 @@ def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int, best: _
     return _over_slots(select, _none_yet(q_nBGQK, N), parts, slot_block)
 
 
-def _none_yet(q_nBGQK: Array, N: int) -> tuple[Array, Array]:
-    """Scores and slots [n, B, G, Q, N] before anything was read."""
-    shape = (*q_nBGQK.shape[:-1], N)
+def _none_yet(q: Array, N: int) -> tuple[Array, Array]:
+    """Scores and slots [..., N] of queries [..., K] before anything was read."""
+    shape = (*q.shape[:-1], N)
     return jnp.full(shape, -jnp.inf), jnp.full(shape, -1, jnp.int32)
 
 
@@ -670,7 +670,7 @@ def _select_in_one_pass(q_nBGQK: Array, parts: list[_Part], N: int) -> tuple[Arr
     N = min(N, sum(part.columns for part in parts))
 
     def one(q_BGQK: Array) -> tuple[Array, Array]:
-        found = tuple(x[0] for x in _none_yet(q_BGQK[None], N))
+        found = _none_yet(q_BGQK, N)
         for part in parts:
 
             def select(found: tuple[Array, Array], part=part) -> tuple[Array, Array]:

@@ -25,7 +25,7 @@ from fot_jax import files
 from fot_jax.memory import host
 from fot_jax.memory.cache import Cache, Deal, Pages, check_deals, place
 from fot_jax.memory.editing import restrict, seen_slots
-from fot_jax.memory.stored import Int8
+from fot_jax.memory.stored import format_of
 
 FORMAT = "fot_jax memory 1"
 SCALE = jax.tree_util.GetAttrKey("scale")  # of int8, which stays on the device
@@ -118,7 +118,7 @@ def _about(cache: Cache | Pages) -> dict[str, Any]:
     heads = size = dtype = None
     if page.keys:
         heads, size = page.keys[0].shape[1], page.head_size
-        dtype = "int8" if isinstance(page.keys[0], Int8) else jnp.dtype(page.keys[0].dtype).name
+        dtype = format_of(page.keys[0])
     rows = page.length_B.shape[0]
     sizes = {"layers": len(page.keys), "rows": rows, "kv_heads": heads, "head_size": size}
     return {**sizes, "dtype": dtype, "capacity": cache.capacity}
@@ -195,8 +195,7 @@ def filled(
 def _filled_page(page: Cache, arrays: dict[str, np.ndarray], kind: str, first: int, values_on_host: bool) -> Cache:
     """A page with the slots from `first` on, as many as it has room for."""
     if values_on_host and page.keys:
-        dtype = "int8" if isinstance(page.keys[0], Int8) else jnp.dtype(page.keys[0].dtype).name
-        host.check(page.capacity // page.deal.ways, dtype)
+        host.check(page.capacity // page.deal.ways, format_of(page.keys[0]))
 
     def buffer(path: Any, like: Any) -> Any:
         x, name = arrays[_name(kind, path)], _name(kind, path)

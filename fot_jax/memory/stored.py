@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+LANES = 128  # columns of a TPU's tile
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["numbers", "scale"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,21 @@ def empty(shape: tuple[int, ...], dtype: str) -> Buffer:
     if dtype != "int8":
         return jnp.zeros(shape, dtype)
     return Int8(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:2], 1, shape[3]), jnp.bfloat16))
+
+
+def format_of(x: Buffer) -> str:
+    """Name of a buffer's number format, as `empty` takes it."""
+    return "int8" if isinstance(x, Int8) else jnp.dtype(x.dtype).name
+
+
+def unscaled(x: Buffer, column_BGQN: Array, weight_BGQN: Array) -> tuple[Array, Array]:
+    """The numbers of a buffer, and the weights of their columns (below 0: none) in a sum; of int8 with the scales in
+    them. Others stay.
+    """
+    if not isinstance(x, Int8):
+        return x, weight_BGQN
+    scale_BGQN = jnp.take_along_axis(x.scale, jnp.maximum(column_BGQN, 0), axis=-1)
+    return x.numbers, weight_BGQN * scale_BGQN.astype(jnp.float32)
 
 
 def whole_tiles(size: int, dtype: str) -> int:
