@@ -603,7 +603,7 @@ def test_input_that_does_not_fit(call, tokens_BT, options, message):
         ({"memory_capacity": 0}, "memory_capacity is 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; wanted at least 1"),
         ({"last_context_length": 2.5}, "last_context_length is 2.5; wanted 1..8"),
-        ({"memory": "topk", "k": 2.5}, "k is 2.5; wanted at least 1"),
+        ({"memory": "topk", "k": 2.5}, "k is 2.5; wanted a whole number of at least 1"),
         ({"memory_capacity": 6}, "prompt of 4 tokens and 3 new ones need a memory of 7 slots; memory_capacity is 6"),
     ],
 )

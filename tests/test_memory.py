@@ -230,7 +230,7 @@ def test_topk_scale_defaults_to_the_root_of_the_head_size():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"k": 0}, "k is 0; wanted at least 1"),
+        ({"k": 0}, "k is 0; wanted a whole number of at least 1"),
         ({"q": (2, 3, 3, 4)}, "H a multiple of G"),
         ({"q": (2, 3, 4, 6)}, "do not fit"),
         ({"q": (1, 3, 4, 4)}, "do not fit"),
@@ -252,7 +252,7 @@ def test_topk_attention_of_arrays_that_do_not_fit(changes, message):
         (("nearest",), "memory reading is 'nearest'; wanted one of dense, topk, approximate"),
         (("dense", 3), "k=3; wanted k for 'topk' and 'approximate', and only there"),
         (("topk",), "k=None; wanted k for 'topk'"),
-        (("topk", 0), "k is 0; wanted at least 1"),
+        (("topk", 0), "k is 0; wanted a whole number of at least 1"),
         (("approximate",), "k=None; wanted k for 'topk' and 'approximate'"),
         (("approximate", 2, None, 1.0), "recall is 1.0; wanted above 0 and below 1"),
     ],
@@ -530,7 +530,7 @@ def test_forecasts_are_what_is_allocated():
 def test_topk_of_arguments_that_are_none():
     x, n = jnp.zeros((1, 1, 2, 4)), jnp.array([4], jnp.int32)
     for call in (functools.partial(memory.topk, x, x, x, n, scale=1.0), functools.partial(memory.search, x, x, n)):
-        with pytest.raises(ValueError, match="k is 0; wanted at least 1"):
+        with pytest.raises(ValueError, match="k is 0; wanted a whole number of at least 1"):
             call(k=0)
         with pytest.raises(ValueError, match="recall is 0; wanted above 0 and below 1"):
             call(k=1, recall=0)

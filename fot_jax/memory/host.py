@@ -194,7 +194,9 @@ def weighted_sum(
     tiled = sharding.platform() == "tpu"
     if 4 * B * G * Q * N * K > BLOCK_BYTES or Q * N * (step(v_BGKM) if tiled else 1) >= M:
         return _from_blocks(v_BGKM, column_BGQN, weight_BGQN, filled_B, dtype, budget)
-    return (_by_tiles if tiled else _gathered)(v_BGKM, column_BGQN, weight_BGQN, dtype)
+    if tiled:
+        return _by_tiles(v_BGKM, column_BGQN, weight_BGQN)
+    return _gathered(v_BGKM, column_BGQN, weight_BGQN, dtype)
 
 
 def _gathered(v_BGKM: Array, column_BGQN: Array, weight_BGQN: Array, dtype: jnp.dtype) -> Array:
@@ -217,9 +219,8 @@ def _gathered(v_BGKM: Array, column_BGQN: Array, weight_BGQN: Array, dtype: jnp.
     return jnp.einsum("bgqn,bgqnk->bgqk", weights, v_BGQNK, preferred_element_type=jnp.float32)
 
 
-def _by_tiles(v_BGKM: Array, column_BGQN: Array, weight_BGQN: Array, dtype: jnp.dtype) -> Array:
+def _by_tiles(v_BGKM: Array, column_BGQN: Array, weight_BGQN: Array) -> Array:
     """Of columns whose tiles are copied to the device one after another, as many as there are."""
-    del dtype  # sums of few numbers, in float32
     B, G, K, M = v_BGKM.shape
     Q, N = column_BGQN.shape[2:]
     column, weight, size = column_BGQN.reshape(-1), weight_BGQN.reshape(-1), step(v_BGKM)

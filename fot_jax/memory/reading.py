@@ -60,23 +60,13 @@ class Reading:
             raise ValueError(
                 f"memory reading {self.kind!r} with k={self.k}; wanted k for 'topk' and 'approximate', and only there"
             )
-        if self.k is not None:
-            _check_k(self.k)
-        _check_recall(self.recall)
-        _check_score_bytes(self.score_bytes)
+        _check_settings(self.k, self.recall, self.score_bytes)
 
 
-def _check_score_bytes(score_bytes: int | None) -> None:
-    if score_bytes is not None and (not isinstance(score_bytes, (int, np.integer)) or score_bytes < 1):
-        raise ValueError(f"score_bytes is {score_bytes!r}; wanted at least 1, or None")
-
-
-def _check_k(k: int) -> None:
-    if not isinstance(k, (int, np.integer)) or k < 1:
-        raise ValueError(f"k is {k}; wanted at least 1")
-
-
-def _check_recall(recall: float | None) -> None:
+def _check_settings(k: int | None = None, recall: float | None = None, score_bytes: int | None = None) -> None:
+    for name, value in ("k", k), ("score_bytes", score_bytes):
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ValueError(f"{name} is {value!r}; wanted a whole number of at least 1")
     if recall is not None and not 0 < recall < 1:
         raise ValueError(f"recall is {recall}; wanted above 0 and below 1")
 
@@ -484,7 +474,7 @@ def dense(
         ValueError: arrays that do not fit; memory that was dealt to other devices than the mesh has, or whose values
             are on the host.
     """
-    _check_score_bytes(score_bytes)
+    _check_settings(score_bytes=score_bytes)
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
     if any(values.shape[3] and host.holds(values) for _, values in pages):
         raise ValueError("values are on the host, of which dense reading would need all; wanted reading by top-k")
@@ -573,9 +563,7 @@ def topk(
         ValueError: k below 1, a recall or budget that is none; arrays that do not fit; memory that was dealt to other
             devices than the mesh has.
     """
-    _check_k(k)
-    _check_recall(recall)
-    _check_score_bytes(score_bytes)
+    _check_settings(k, recall, score_bytes)
     B, H, T, _ = q_BHTK.shape
     pages = list(zip(_pages(k_BGKM), _pages(v_BGKM), strict=True))
     N = min(k, sum(keys.shape[3] for keys, _ in pages))
@@ -802,9 +790,7 @@ def search(
     Raises:
         ValueError: as for `topk`.
     """
-    _check_k(k)
-    _check_recall(recall)
-    _check_score_bytes(score_bytes)
+    _check_settings(k, recall, score_bytes)
     pages = [(keys,) for keys in _pages(k_BGKM)]
     N = min(k, sum(keys.shape[3] for (keys,) in pages))
     shape = q_BHTK.shape[:3]
@@ -850,7 +836,7 @@ def topk_attention(
     Raises:
         ValueError: k below 1, or shapes that do not fit.
     """
-    _check_k(k)
+    _check_settings(k, score_bytes=score_bytes)
     B, M, G, K = k_BMGK.shape
     if v_BMGK.shape[:3] != (B, M, G) or q_BTHK.shape[0] != B or q_BTHK.shape[3] != K or q_BTHK.shape[2] % G:
         raise ValueError(
