@@ -4,6 +4,15 @@
 
 The same command again goes on from the latest checkpoint in the working directory, with the same bits as if it had
 never stopped. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
+
+Before anything is paid for:
+
+    python train.py --config=configs/longllama_3b.py --plan
+    python train.py --config=configs/longllama_3b.py --compile_only
+    python train.py --config=configs/longllama_3b.py:v5e:8x8 --compile_only --report=r.json
+
+The first reckons; the second runs the compiler for TPUs, without one (pip install '.[tpu]'). Both need neither data
+nor a working directory. The second ends with 1 where the step does not fit the chips.
 """
 
 from __future__ import annotations
@@ -11,24 +20,58 @@ from __future__ import annotations
 import logging
 import pathlib
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from fot_jax import checkpoint, data, run_config, training
-from fot_jax.host import keep_freed_memory
+from fot_jax import checkpoint, data, files, run_config, training
+from fot_jax.hardware import hardware
+from fot_jax.host import keep_freed_memory, one_line
 from fot_jax.tokenizer import Tokenizer, check_vocab
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File in configs/, with a function get_config().", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and tokenised documents.")
+_PLAN = flags.DEFINE_bool("plan", False, "Reckon what the run needs, and end.")
+_SHARE = flags.DEFINE_float("share", 0.5, "Share of the chips' peak FLOP/s that --plan reckons with.")
+_COMPILE = flags.DEFINE_bool("compile_only", False, "Compile a step for TPUs that need not be there, and end.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "What for, like v5e:16x16 or 2*v5e:4x8; by default config.hardware.")
+_REPORT = flags.DEFINE_string("report", "", "JSON file for what --plan or --compile_only find.")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", "", "Folder of compiled programs; by default WORKDIR/compiled, but for CPUs. 'none' for none."
+)
 
 
-def main(argv: list[str]) -> None:
+def forecast_only(config: ConfigDict) -> int:
+    """--plan and --compile_only: prints what was found; 1 where a step does not fit."""
+    from fot_jax import forecast
+
+    chips = hardware(_TOPOLOGY.value or config.hardware)
+    jax.config.update("jax_platforms", "cpu")  # what is reckoned or compiled for need not be here
+    if _CACHE.value not in ("", "none"):
+        training.keep_compiled(_CACHE.value)
+    found = forecast.arithmetic(config, chips, _SHARE.value) if _PLAN.value else forecast.compiled(config, chips)
+    print(found.table())
+    if _REPORT.value:
+        files.write_json(pathlib.Path(_REPORT.value), found.summary())
+    return 0 if _PLAN.value or found.fits else 1
+
+
+def main(argv: list[str]) -> int | None:
     """Checks, then data, then training."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
+    if _PLAN.value or _COMPILE.value:
+        try:
+            return forecast_only(_CONFIG.value)
+        except ValueError as error:
+            raise SystemExit(f"train.py: {one_line(error)}") from error
+    if not _WORKDIR.value:
+        raise app.UsageError("--workdir is not set; wanted a folder")
+    if _CACHE.value != "none" and (_CACHE.value or jax.default_backend() != "cpu"):
+        training.keep_compiled(_CACHE.value or pathlib.Path(_WORKDIR.value) / "compiled")
     keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
     log = logging.getLogger("fot_jax")
@@ -68,5 +111,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(["config"])
     app.run(main)

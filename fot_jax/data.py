@@ -349,10 +349,11 @@ class Packed(grain.IterDataset):
             windows_per_step: k.
             layout: which row holds window j of stream r: 'packed' r k + j, 'blocks' j R + r.
             align_documents: every document starts a window; the rest of its last one is padding.
-            process_index, process_count: this process gets the rows [index, index + 1) * rows / count.
+            process_index, process_count: this process gets the rows [index, index + 1) * rows / count if 'packed', as
+                many streams with all their windows if 'blocks', laid out as if there were no others.
 
         Raises:
-            ValueError: rows not divisible by the processes, or an argument out of its range.
+            ValueError: rows, or of blocks streams, not divisible by the processes, or an argument out of its range.
         """
         super().__init__()
         for name, value in (("streams", streams), ("window", window), ("windows_per_step", windows_per_step)):
@@ -364,12 +365,13 @@ class Packed(grain.IterDataset):
             raise ValueError(
                 f"streams x windows_per_step is {rows}; wanted a multiple of process_count, {process_count}"
             )
+        if layout == "blocks" and streams % process_count:
+            raise ValueError(f"streams is {streams}; wanted a multiple of process_count, {process_count}")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index is {process_index}; wanted 0..{process_count - 1}")
         self.documents, self.streams, self.window, self.windows_per_step = documents, streams, window, windows_per_step
         self.layout, self.align_documents = layout, align_documents
-        self.rows = rows // process_count
-        self.first_row = self.rows * process_index
+        self.rows, self.process_index = rows // process_count, process_index
         # What a state may not be carried over between. The layout moves rows, not streams; it may change.
         self.fingerprint = hash_of(documents.fingerprint, streams, window, windows_per_step, align_documents)
 
@@ -402,10 +404,19 @@ class PackedIterator(grain.DatasetIterator):
         }
         for stream in range(packed.streams):
             for j in range(packed.windows_per_step):
-                row = stream * packed.windows_per_step + j if packed.layout == "packed" else j * packed.streams + stream
-                row -= packed.first_row
-                self._read_window(stream, {k: v[row] for k, v in batch.items()} if 0 <= row < packed.rows else None)
+                row = self._row(stream, j)
+                self._read_window(stream, None if row is None else {k: v[row] for k, v in batch.items()})
         return batch
+
+    def _row(self, stream: int, j: int) -> int | None:
+        """The row of this process that window j of a stream is; None where it is another process's."""
+        packed = self._packed
+        if packed.layout == "packed":
+            row = stream * packed.windows_per_step + j - packed.rows * packed.process_index
+            return row if 0 <= row < packed.rows else None
+        streams = packed.rows // packed.windows_per_step
+        mine = stream - streams * packed.process_index
+        return j * streams + mine if 0 <= mine < streams else None
 
     def _is_over(self, draw: int) -> bool:
         return self._packed.documents.n_documents is not None and draw >= self._packed.documents.n_documents

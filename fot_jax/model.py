@@ -15,15 +15,15 @@ one softmax.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fot_jax import attention, crossbatch, memory
+from fot_jax import attention, crossbatch, memory, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.sharding import constrain
 
@@ -32,10 +32,13 @@ Params = Any
 # (q_BHTK, k_BGTK, v_BGTK), un-rotated -> o_BHTK in their dtype
 Attend = Callable[[Array, Array, Array], Array]
 
+_KEPT = jax.checkpoint_policies.save_only_these_names(crossbatch.SAVED)
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _KEPT,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEPT
+    ),
 }
 
 
@@ -178,9 +181,14 @@ class LongLlama(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
     def __call__(self, tokens_BT: Array, **options: Any) -> Array:
         """Logits, float32 [B, T, V]; options as for `forward`."""
+        params = self.parameters()
+        return logits(self.config, params, forward(self.config, params, tokens_BT, **options))
+
+    @nn.compact
+    def parameters(self) -> Params:
+        """The tree that `forward` and `logits` take."""
         c = self.config
         normal = nn.initializers.normal(c.init_std)
         params = {
@@ -195,7 +203,7 @@ class LongLlama(nn.Module):
             params["head"] = self.param(
                 "head", lambda key: {"kernel": normal(key, (c.d_model, c.vocab_size), c.dtypes.params)}
             )
-        return logits(c, params, forward(c, params, tokens_BT, **options))
+        return params
 
 
 def _init_segment(key: Array, config: ModelConfig, segment: Any) -> Params:
@@ -217,12 +225,12 @@ def _init_segment(key: Array, config: ModelConfig, segment: Any) -> Params:
 def init_params(config: ModelConfig, key: Array) -> Params:
     """Initial parameters: matrices normal with `init_std`, those that write to the residual stream with
     init_std / sqrt(2 L); scales 1; temperatures 2 sqrt(K)."""
-    return LongLlama(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return LongLlama(config).init(key, method="parameters")["params"]
 
 
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes and dtypes of the parameters, without making them."""
-    return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 def embed(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
@@ -249,17 +257,22 @@ def forward(
     segment_ids_BT: Array | None = None,
     remat: str = "none",
     unroll: bool = False,
+    kernel: str = "auto",
+    execution: str = "auto",
 ) -> Array:
     """The model over one window a row, without memory: what training differentiates.
 
     Args:
         tokens_BT: int32.
-        plan: rows that memory layers read besides their own; None: none.
+        plan: rows that memory layers read besides their own; None: none. Where devices share the rows, its blocks are
+            dealt to them for the time being; `plan.dealt` saves moving rows there and back.
         segment_ids_BT: int32; local attention stays within a segment, segment 0 is padding. None: one segment.
         remat: what the backward pass recomputes: "none", "full" (layers, from their inputs), or "dots" (all but matrix
-            products with weights).
+            products with weights); never the attention of layers that read contexts.
         unroll: whether layers of a kind are compiled one by one. On a CPU that saves a tenth of a step; elsewhere it
             costs compile time and memory.
+        kernel: what computes attention; see `attention.kernel`.
+        execution: how contexts come to the rows that read them; see `crossbatch.crossbatch_attention`.
 
     Returns:
         [B, T, D] in the compute dtype, after the last norm; `logits` takes it.
@@ -272,6 +285,14 @@ def forward(
     B, T = tokens_BT.shape
     if plan is not None and plan.rows != B:
         raise ValueError(f"batch has {B} rows; the crossbatch plan is for {plan.rows}")
+    ways = sharding.ways("batch")
+    if plan is not None and plan.blocks > 1 and plan.shards % ways:
+        dealt = plan.dealt(ways)
+        take = np.argsort(plan.order)[dealt.order]
+        segment_ids_BT = None if segment_ids_BT is None else segment_ids_BT[take]
+        options = dict(plan=dealt, segment_ids_BT=segment_ids_BT, remat=remat, unroll=unroll)
+        hidden = forward(config, params, tokens_BT[take], **options, kernel=kernel, execution=execution)
+        return constrain(hidden[np.argsort(take)], "batch", "time", "model")
     angles = attention.rotary_angles(T, config.head_size, config.rope_base)
     own_only = crossbatch.published_plan(B, 0)
 
@@ -285,9 +306,12 @@ def forward(
                 angles if config.mem_positionals or not memory_layer else None,
                 segment_ids_BT,
                 scale=score_scale(config),
+                kernel=kernel,
+                execution=execution,
             )
 
-        apply = lambda x_BTD, block: Block(config).apply({"params": block}, x_BTD, attend)[0]
+        body = Block(config, parent=None)  # not a part of a module that calls this
+        apply = lambda x_BTD, block: body.apply({"params": block}, x_BTD, attend)[0]
         return apply if remat == "none" else jax.checkpoint(apply, policy=REMAT[remat])
 
     plain, mem = layer(False), layer(True)
@@ -312,10 +336,22 @@ def _scan(f: Callable[[Array, Params], Array], x: Array, stack: Params, unroll: 
 
 
 def crossbatch_forward(
-    config: ModelConfig, params: Params, tokens_BT: Array, plan: crossbatch.Plan, segment_ids_BT: Array | None = None
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    plan: crossbatch.Plan,
+    segment_ids_BT: Array | None = None,
+    *,
+    kernel: str = "auto",
+    execution: str = "auto",
 ) -> Array:
-    """Logits, float32 [B, T, V], of a batch whose rows read each other as `plan` says; differentiable throughout."""
-    return logits(config, params, forward(config, params, tokens_BT, plan=plan, segment_ids_BT=segment_ids_BT))
+    """Logits, float32 [B, T, V], of a batch whose rows read each other as `plan` says; differentiable throughout.
+
+    Args:
+        kernel, execution: as for `forward`.
+    """
+    options = dict(plan=plan, segment_ids_BT=segment_ids_BT, kernel=kernel, execution=execution)
+    return logits(config, params, forward(config, params, tokens_BT, **options))
 
 
 def layers(config: ModelConfig, params: Params) -> list[Params]:

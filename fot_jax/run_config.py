@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict, config_dict
 
-from fot_jax import checkpoint, crossbatch, data, formats, sources
+from fot_jax import attention, checkpoint, crossbatch, data, formats, sources
 from fot_jax.config import DtypePolicy, ModelConfig, named
 from fot_jax.formats.source import read_params
+from fot_jax.hardware import hardware
 from fot_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -37,11 +39,13 @@ def default_config() -> ConfigDict:
             seed=0,
             steps=1000,
             init_from="",  # Hugging Face directory or working directory whose parameters training starts from
-            peak_flops=0.0,  # FLOP/s of all devices together, for the share that is used; 0: not reported
+            hardware="",  # chips that the run is for, as v5e:16x16, 2*v5e:4x8 or h100:8; what --plan is about
+            peak_flops=0.0,  # FLOP/s of all devices together, for the share that is used; 0: those of hardware, if any
             log_every=10,
             loss_chunk=0,  # tokens whose float32 logits exist at a time; 0: all of a microbatch
             remat="none",  # none, full or dots; see model.forward
             unroll=False,  # whether layers of a kind are compiled one by one, for CPUs; see model.forward
+            attention="auto",  # what computes attention: auto, xla, splash or cudnn; see attention.kernel
             # A named size, or that of init_from; any field of ModelConfig stated here replaces it.
             model=dict(
                 size="",
@@ -60,6 +64,7 @@ def default_config() -> ConfigDict:
                 stepping=False,  # published
                 windows=1,  # earlier windows (blocks)
                 loss_on_previous=True,  # whether rows of earlier windows count in the loss (blocks)
+                execution="auto",  # how contexts come to rows: auto, concatenate or ring; see crossbatch_attention
                 contexts=(1,),  # range (published) or d (blocks); the schedule chooses among them
                 schedule="constant",  # constant, switch_step, switch_accuracy or draw
                 switch_step=0,  # last step with the first of two contexts
@@ -101,6 +106,8 @@ def default_config() -> ConfigDict:
 
 _CHOICES = {
     "remat": ("none", "full", "dots"),
+    "attention": attention.NAMES,
+    "crossbatch.execution": crossbatch.EXECUTIONS,
     "batch.separate": ("none", "padding", "documents"),
     "crossbatch.kind": ("none", "published", "longllama_3b", "longllama_7b", "blocks"),
     "crossbatch.schedule": ("constant", "switch_step", "switch_accuracy", "draw"),
@@ -155,6 +162,8 @@ def check_config(config: ConfigDict) -> None:
     for key, lowest in least.items():
         if (value := _get(config, key)) < lowest:
             raise ValueError(f"config key {key} is {value}; wanted at least {lowest}")
+    if config.hardware:
+        hardware(config.hardware)
     found = len(config.crossbatch.contexts)
     values = {"constant": 1, "draw": max(found, 1)}.get(config.crossbatch.schedule, 2)
     if found != values:
@@ -336,6 +345,34 @@ def make_plan(config: ConfigDict, contexts: int) -> crossbatch.Plan | None:
     return crossbatch.longllama_3b_plan(rows) if c.kind == "longllama_3b" else crossbatch.longllama_7b_plan(rows)
 
 
+def set_hardware(config: ConfigDict, text: str) -> None:
+    """Lays a run out on chips: each slice an equal part of the rows (data), whose chips hold the parameters in shares
+    (fsdp); chips beyond the rows, or beyond what the model's width can be shared by, split heads, feed-forward and
+    vocabulary (tensor).
+
+    Args:
+        config: with model and batch stated; its hardware and mesh are set.
+        text: see `hardware.hardware`.
+
+    Raises:
+        ValueError: hardware that there is not.
+    """
+    chips = hardware(text)
+    per_slice = chips.chips // chips.slices
+    rows = config.batch.rows // config.batch.accumulate // chips.slices
+    fsdp = math.gcd(per_slice, math.gcd(model_config(config).d_model, rows))
+    config.hardware = text
+    config.mesh.update(data=chips.slices, fsdp=fsdp, tensor=per_slice // fsdp)
+
+
+def peak_flops(config: ConfigDict) -> float:
+    """FLOP/s of all devices together; 0 where the configuration does not say."""
+    if config.peak_flops or not config.hardware:
+        return config.peak_flops
+    chips = hardware(config.hardware)
+    return chips.chips * chips.chip.flops
+
+
 def batch_length(config: ConfigDict, model: ModelConfig) -> int:
     """T, tokens of a row."""
     return config.batch.length or model.window
@@ -360,12 +397,12 @@ def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str,
             f"document has in a batch (packing; crossbatch.kind {config.crossbatch.kind!r})"
         )
     processes = jax.process_count()
-    if parts > 1 and processes > 1 and ((rows // parts) % (windows * processes) or config.crossbatch.kind == "blocks"):
-        # Each process deals its own rows to microbatches; of blocks it holds too few to do so.
+    if processes > 1 and (parts > 1 or config.crossbatch.kind == "blocks") and (rows // parts) % (windows * processes):
+        # Each process deals its own rows to microbatches, and its documents' windows to blocks.
         raise ValueError(
             f"batch.rows is {rows} with batch.accumulate {parts}, {processes} processes and crossbatch.kind "
             f"{config.crossbatch.kind!r}; wanted whole documents of {windows} windows in each process's share of a "
-            "microbatch, and no accumulation with blocks"
+            "microbatch"
         )
     ways = mesh_shape["data"] * mesh_shape["fsdp"]
     if (rows // parts) % ways:
@@ -380,7 +417,9 @@ def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str,
             f"crossbatch.kind is {config.crossbatch.kind!r}, but model.mem_layers is empty; wanted a memory layer"
         )
     for contexts in config.crossbatch.contexts:
-        make_plan(config, contexts)
+        plan = make_plan(config, contexts)
+        if plan is not None:
+            plan.dealt(ways)
 
 
 def open_corpora(config: ConfigDict, split: str) -> list[sources.Corpus]:

@@ -14,10 +14,13 @@ case:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -55,35 +58,68 @@ PARAMETERS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 
-def make_mesh(shape: dict[str, int] | None = None, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of the four axes.
+# Names of arrays that an optimizer keeps and that belong to no parameter; every device holds them.
+OPTIMIZER = ("ns_coeffs",)  # Muon's coefficients
+
+
+def mesh_sizes(shape: Mapping[str, int] | None, devices: int | None = None, slices: int = 1) -> dict[str, int]:
+    """Size of each of the four axes.
 
     Args:
-        shape: size of each axis; those left out are 1, and `data` left out takes what the others leave.
-        devices: the devices to use; all of them by default, or with every axis stated as many as the shape needs.
+        shape: size of each axis; those left out are 1, and `data` left out, or 0, takes what the others leave.
+        devices: how many there are; None: as many as the shape needs, with every axis stated.
+        slices: groups of devices that a slower network joins. Of `data`, whose devices exchange gradients alone, and
+            those once a step, each group has an equal part; no other axis crosses groups.
 
     Raises:
-        ValueError: an unknown axis, or sizes that do not fit the devices.
+        ValueError: an unknown axis, or sizes that do not fit the devices and slices.
     """
-    sizes = dict(shape or {})
+    sizes = {axis: size for axis, size in (shape or {}).items() if size or axis != "data"}
     if unknown := sorted(set(sizes) - set(MESH_AXES)):
         raise ValueError(f"mesh axis is {unknown[0]!r}; wanted one of {', '.join(MESH_AXES)}")
-    devices = list(devices or jax.devices())
     if min(sizes.values(), default=1) < 1:
         raise ValueError(f"mesh is {sizes}; wanted sizes of at least 1")
     rest = math.prod(size for axis, size in sizes.items() if axis != "data")
-    if "data" not in sizes and len(devices) % rest:
-        raise ValueError(f"mesh {sizes} does not divide {len(devices)} devices; wanted a divisor, or data stated")
-    needed = rest * sizes.setdefault("data", len(devices) // rest)
-    if needed > len(devices):
-        raise ValueError(f"mesh {sizes} needs {needed} devices; there are {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes.get(axis, 1) for axis in MESH_AXES),
-        MESH_AXES,
-        # Explicit axes, the default, type every intermediate value; the partitioner's own propagation is what we want.
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices[:needed],
-    )
+    if "data" not in sizes:
+        if devices is None or devices % rest:
+            raise ValueError(f"mesh {sizes} does not divide {devices} devices; wanted a divisor, or data stated")
+        sizes["data"] = devices // rest
+    if devices is not None and rest * sizes["data"] > devices:
+        raise ValueError(f"mesh {sizes} needs {rest * sizes['data']} devices; there are {devices}")
+    if sizes["data"] % slices:
+        raise ValueError(
+            f"mesh.data is {sizes['data']} over {slices} slices; wanted a multiple: only data crosses them"
+        )
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the four axes; of devices in several slices, one in which `data` alone crosses them.
+
+    Args:
+        shape: see `mesh_sizes`.
+        devices: the devices to use; all of them by default, or with every axis stated as many as the shape needs.
+
+    Raises:
+        ValueError: see `mesh_sizes`.
+    """
+    devices = list(devices or jax.devices())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes = mesh_sizes(shape, len(devices), slices)
+    # Explicit axes, the default, type every intermediate value; the partitioner's own propagation is what we want.
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    if slices > 1:
+        within = [sizes[axis] // (slices if axis == "data" else 1) for axis in MESH_AXES]
+        across = [slices if axis == "data" else 1 for axis in MESH_AXES]
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=kinds)
+    needed = math.prod(sizes.values())
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices[:needed])
+
+
+def abstract_mesh(shape: Mapping[str, int] | None, devices: int, slices: int = 1) -> AbstractMesh:
+    """The same without devices: enough for shardings."""
+    sizes = mesh_sizes(shape, devices, slices)
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def spec(*logical: str | None) -> P:
@@ -129,6 +165,60 @@ def ways(logical: str) -> int:
     return math.prod(shape[axis] for axis in axes(logical))
 
 
+def size(mesh_axes: tuple[str, ...]) -> int:
+    """Devices along axes of the mesh of `jax.set_mesh` together; 1 of none."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in mesh_axes)
+
+
+def each_device(f: Callable[..., Any], arguments: Any, results: Any) -> Callable[..., Any]:
+    """`f`, run by each device of the mesh of `jax.set_mesh` on its part of the arguments; where there is one, `f`.
+
+    Args:
+        f: of arrays, or None in an array's place.
+        arguments, results: of each array the logical axes that it is split along.
+
+    Raises:
+        ValueError: when called, an axis of an argument that the devices do not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
+
+    def sharded(*arrays: Any) -> Any:
+        for x, names in zip(arrays, arguments, strict=True):
+            for length, name in zip(x.shape if x is not None else (), names, strict=False):
+                if name and length % ways(name):
+                    raise ValueError(
+                        f"{name}: {length} over {ways(name)} devices of mesh {mesh.shape}; wanted a multiple"
+                    )
+        given = tuple(spec(*axes) if x is not None else None for x, axes in zip(arrays, arguments, strict=True))
+        wanted = tuple(spec(*axes) for axes in results)
+        return jax.shard_map(f, in_specs=given, out_specs=wanted, check_vma=False)(*arrays)
+
+    return sharded
+
+
+def roll_rows(x: jax.Array, by: int, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """Row i + by of all devices' rows, in place of row i; within `each_device`, whose rows are split over `mesh_axes`.
+
+    By one row each device sends one row to the next: rows are passed on round a ring.
+    """
+    ways = size(mesh_axes)
+    whole, part = divmod(by % (ways * x.shape[0]), x.shape[0])
+    if ways == 1:
+        return jnp.roll(x, -part, axis=0)
+    pieces = [_from_device(x[part:], whole, mesh_axes), _from_device(x[:part], whole + 1, mesh_axes)]
+    return jnp.concatenate(pieces) if part else pieces[0]
+
+
+def _from_device(x: jax.Array, distance: int, mesh_axes: tuple[str, ...]) -> jax.Array:
+    """What the device so many further on has."""
+    ways = size(mesh_axes)
+    if distance % ways == 0 or not x.size:
+        return x
+    return jax.lax.ppermute(x, mesh_axes, [(i, (i - distance) % ways) for i in range(ways)])
+
+
 def platform() -> str:
     """What kind of device programs are made for, "cpu", "gpu" or "tpu": that of the mesh of `jax.set_mesh`, which may
     be one that is only compiled for, or else the process's own.
@@ -137,17 +227,17 @@ def platform() -> str:
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of an array whose first axis is batch rows."""
     return NamedSharding(mesh, spec("batch"))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
-def param_shardings(mesh: Mesh, tree: Any) -> Any:
+def param_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """Shardings of parameters, stacked by layer or not. (Optimizer state: `training.state_shardings`.)
 
     Raises:

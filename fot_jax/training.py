@@ -13,16 +13,17 @@ import functools
 import itertools
 import logging
 import math
+import os
 import pathlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
@@ -140,6 +141,8 @@ class LossOptions:
     unroll: bool = False
     separate: str = "padding"
     loss_on_previous: bool = True
+    kernel: str = "auto"
+    execution: str = "auto"
 
 
 def loss_sums(
@@ -163,6 +166,8 @@ def loss_sums(
         segment_ids_BT=segments_BT,
         remat=options.remat,
         unroll=options.unroll,
+        kernel=options.kernel,
+        execution=options.execution,
     )
     key = "embed" if config.tie_embeddings else "head"
     arguments = ({key: params[key]}, hidden_BTD, batch["targets"], mask_BT)
@@ -191,15 +196,32 @@ def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainS
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def state_shardings(mesh: jax.sharding.Mesh, state: TrainState) -> TrainState:
-    """Shardings of a state (of arrays or shapes); optimizer arrays shaped as their parameter lie where it lies."""
+def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
+    """Shardings of a state (of arrays or shapes): what an optimizer keeps of a parameter, whole or summed over one of
+    its axes, lies as the parameter does; single numbers, and what `sharding.OPTIMIZER` names, are on every device.
+
+    Raises:
+        ValueError: an array of the optimizer's that is not that of a parameter; see also `sharding.param_shardings`.
+    """
     params = sharding.param_shardings(mesh, state.params)
     shapes, places = checkpoint.named_leaves(state.params), checkpoint.named_leaves(params)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if math.prod(leaf.shape) == 1 or getattr(path[-1], "name", None) in sharding.OPTIMIZER:
+            return sharding.replicated(mesh)
         name = "." + jax.tree_util.keystr(path, simple=True, separator=".")
-        same = [p for p, x in shapes.items() if name.endswith("." + p) and x.shape == leaf.shape]
-        return places[max(same, key=len)] if same else sharding.replicated(mesh)
+        of = max((p for p in shapes if name.endswith("." + p)), key=len, default=None)
+        if of is not None:
+            whole, split = shapes[of].shape, tuple(places[of].spec)
+            if leaf.shape == whole:
+                return places[of]
+            for axis in range(len(whole)):
+                if leaf.shape == whole[:axis] + whole[axis + 1 :]:
+                    return NamedSharding(mesh, P(*split[:axis], *split[axis + 1 :]))
+        raise ValueError(
+            f"optimizer state {name[1:]} of shape {leaf.shape} is not of a parameter; wanted the shape of one, with "
+            "all of its axes or one fewer, or a single number"
+        )
 
     return TrainState(sharding.replicated(mesh), params, jax.tree_util.tree_map_with_path(place, state.opt_state))
 
@@ -249,6 +271,12 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
+def keep_compiled(folder: str | os.PathLike) -> None:
+    """Has JAX keep every program that took a second to compile in a folder, and look there first."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
 def compiler_options() -> dict[str, Any] | None:
     """What XLA is told when it compiles a step.
 
@@ -257,9 +285,76 @@ def compiler_options() -> dict[str, Any] | None:
     was measured, without a difference, are told nothing. The known wrong results of that library (jax-ml/jax#39103,
     small matrices before a sum) are there without this too; a test compares gradients.
     """
-    if jax.default_backend() != "cpu" or jax.__version_info__ != (0, 10, 2):
+    if sharding.platform() != "cpu" or jax.__version_info__ != (0, 10, 2):
         return None
     return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
+
+
+class Programs(NamedTuple):
+    """What a run compiles, and where its arguments lie on the mesh of `jax.set_mesh`.
+
+    Attributes:
+        optimizer: what updates parameters.
+        initial: key -> the state before the first step.
+        state: shapes and places of a state.
+        batch: shapes and places of a batch in microbatches, [A, B, T].
+        step: the crossbatch plan of a microbatch -> (state, batch) -> (state, metrics), jitted; the state is donated.
+        evaluate: (params, batch) -> sums, jitted; see `eval_step`.
+    """
+
+    optimizer: optax.GradientTransformation
+    initial: Callable[[Array], TrainState]
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    step: Callable[[crossbatch.Plan | None], Any]
+    evaluate: Any
+
+
+def programs(config: ConfigDict, model_config: ModelConfig, mesh: jax.sharding.Mesh) -> Programs:
+    """The programs of a run, jitted but not compiled; within `jax.set_mesh(mesh)`, whose devices need not be there.
+
+    Raises:
+        ValueError: parameters that the mesh does not divide, or are not in the table.
+    """
+    optimizer, rate = make_optimizer(config), learning_rate(config)
+    options = LossOptions(
+        config.loss_chunk,
+        config.remat,
+        config.unroll,
+        config.batch.separate,
+        config.crossbatch.loss_on_previous,
+        config.attention,
+        config.crossbatch.execution,
+    )
+
+    def initial(key: Array) -> TrainState:
+        return new_state(model.init_params(model_config, key), optimizer)
+
+    abstract = jax.eval_shape(lambda: initial(jax.random.key(config.seed)))
+    places = state_shardings(mesh, abstract)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
+    batch_place, replicated = NamedSharding(mesh, P(None, *sharding.spec("batch"))), sharding.replicated(mesh)
+    parts = config.batch.accumulate
+    shape = parts, config.batch.rows // parts, run_config.batch_length(config, model_config)
+    dtypes = dict(tokens=jnp.int32, targets=jnp.int32, loss_mask=jnp.bool_, segment_ids=jnp.int32)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_place) for name, dtype in dtypes.items()}
+
+    @functools.cache
+    def step(plan: crossbatch.Plan | None) -> Any:
+        return jax.jit(
+            functools.partial(train_step, model_config, options, optimizer, rate, plan),
+            in_shardings=(places, batch_place),
+            out_shardings=(places, replicated),
+            donate_argnums=0,
+            compiler_options=compiler_options(),
+        )
+
+    evaluate = jax.jit(
+        functools.partial(eval_step, model_config, options),
+        in_shardings=(places.params, batch_place),
+        out_shardings=replicated,
+    )
+    return Programs(optimizer, initial, state, batch, step, evaluate)
 
 
 def eval_step(config: ModelConfig, options: LossOptions, params: PyTree, batch: Batch) -> tuple[Array, Array, Array]:
@@ -272,9 +367,16 @@ def eval_step(config: ModelConfig, options: LossOptions, params: PyTree, batch: 
     return jax.tree.map(lambda x: x.sum(), jax.lax.map(one, batch))
 
 
-def microbatches(batch: Batch, accumulate: int, blocks: int = 1) -> Batch:
-    """Rows [R, T] dealt to microbatches [A, R / A, T]; each keeps whole documents (see `run_config.layout`)."""
-    deal = lambda x: x.reshape(blocks, accumulate, -1, x.shape[-1]).swapaxes(0, 1).reshape(accumulate, -1, x.shape[-1])
+def microbatches(batch: Batch, accumulate: int, blocks: int = 1, shards: int = 1) -> Batch:
+    """Rows [R, T] dealt to microbatches [A, R / A, T]; each keeps whole documents (see `run_config.layout`), its blocks
+    dealt to shards (see `crossbatch.Plan.dealt`).
+    """
+    shards = shards if blocks > 1 else 1
+
+    def deal(x: np.ndarray) -> np.ndarray:
+        apart = x.reshape(blocks, accumulate, shards, -1, x.shape[-1])
+        return np.moveaxis(apart, 0, 2).reshape(accumulate, -1, x.shape[-1])
+
     return {key: deal(np.asarray(batch[key])) for key in ("tokens", "targets", "loss_mask", "segment_ids")}
 
 
@@ -306,7 +408,7 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
         CheckpointError: the model in `workdir` or `init_from` is another, or that in `workdir` was never in training.
     """
     run_config.check_config(config)
-    mesh = sharding.make_mesh({axis: size for axis, size in config.mesh.items() if size})
+    mesh = sharding.make_mesh(config.mesh)
     source = config.init_from
     if checkpoint.is_workdir(workdir):
         checkpoint.check_resumable(workdir)
@@ -347,61 +449,44 @@ def train(
     """
     model_config, mesh = check(config, workdir)
     workdir = pathlib.Path(workdir).absolute()
-    optimizer, rate, c = make_optimizer(config), learning_rate(config), config.checkpoint
-    options = LossOptions(
-        config.loss_chunk, config.remat, config.unroll, config.batch.separate, config.crossbatch.loss_on_previous
-    )
+    c = config.checkpoint
     with jax.set_mesh(mesh), _stop_signals() as stop:
         saved = checkpoint.Checkpoints(
             workdir, model_config, save_every=c.every, keep_last=c.keep_last, keep_every=c.keep_every
         )
-        initial = lambda key: new_state(model.init_params(model_config, key), optimizer)
-        abstract = jax.eval_shape(initial, jax.random.key(config.seed))
-        places = state_shardings(mesh, abstract)
-        batch_place = NamedSharding(mesh, P(None, *sharding.spec("batch")))
-        replicated = sharding.replicated(mesh)
+        run_programs = programs(config, model_config, mesh)
+        shapes = run_programs.state
+        places = jax.tree.map(lambda x: x.sharding, shapes)
 
         # In this order: a checkpoint of this run, parameters to start from, initial parameters.
         run: dict[str, Any] = {"switched_at": None}
         if checkpoint.steps(workdir):
-            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
             rest = {"step": shapes.step, "opt_state": shapes.opt_state}
             params, rest, position, run = checkpoint.restore(workdir, shapes.params, rest)
             state = TrainState(rest["step"], params, rest["opt_state"])
             batches.set_state(position)
         elif config.init_from:
             params = run_config.starting_params(config.init_from, model_config, places.params)
-            state = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=places)(params)
+            begin = functools.partial(new_state, optimizer=run_programs.optimizer)
+            state = jax.jit(begin, out_shardings=places)(params)
         else:
             # Run once: on a CPU, optimising the random number generator takes the compiler longer than running it.
             quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-            state = jax.jit(initial, out_shardings=places, compiler_options=quick)(jax.random.key(config.seed))
+            initial = jax.jit(run_programs.initial, out_shardings=places, compiler_options=quick)
+            state = initial(jax.random.key(config.seed))
 
-        @functools.cache
-        def step_fn(plan: crossbatch.Plan | None) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-            return jax.jit(
-                functools.partial(train_step, model_config, options, optimizer, rate, plan),
-                in_shardings=(places, batch_place),
-                out_shardings=(places, replicated),
-                donate_argnums=0,
-                compiler_options=compiler_options(),
-            )
-
-        eval_fn = jax.jit(
-            functools.partial(eval_step, model_config, options),
-            in_shardings=(places.params, batch_place),
-            out_shardings=replicated,
-        )
         blocks = run_config.layout(config)[1] if config.crossbatch.kind == "blocks" else 1
+        shards = sharding.ways("batch")
 
         def put(batch: Batch) -> Batch:
-            micro = microbatches(batch, config.batch.accumulate, blocks)
-            return {key: jax.make_array_from_process_local_data(batch_place, x) for key, x in micro.items()}
+            micro = microbatches(batch, config.batch.accumulate, blocks, shards // jax.process_count())
+            place = run_programs.batch["tokens"].sharding
+            return {key: jax.make_array_from_process_local_data(place, x) for key, x in micro.items()}
 
         step = first = int(state.step)
         length = run_config.batch_length(config, model_config)
         tokens = config.batch.rows * length
-        metrics, meter = Metrics(workdir, step, config.steps), Meter(config.peak_flops)
+        metrics, meter = Metrics(workdir, step, config.steps), Meter(run_config.peak_flops(config))
         held_out = list(itertools.islice(validation, config.validation.batches)) if config.validation.every else []
         pending: list[tuple[int, crossbatch.Plan | None, dict[str, Array]]] = []
 
@@ -426,7 +511,9 @@ def train(
                     metrics.write(done, loss | values | meter.rates())
 
         def validate() -> None:
-            sums = np.sum([jax.device_get(eval_fn(state.params, put(batch))) for batch in held_out], axis=0)
+            sums = np.sum(
+                [jax.device_get(run_programs.evaluate(state.params, put(batch))) for batch in held_out], axis=0
+            )
             loss, accuracy = float(sums[0] / max(sums[1], 1)), float(sums[2] / max(sums[1], 1))
             values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
             metrics.write(step, {f"validation_{key}": value for key, value in values.items()})
@@ -442,7 +529,8 @@ def train(
                 if batch is None:
                     raise TrainingError(f"step {step + 1}: the training data ended; wanted {config.steps} steps of it")
                 plan = run_config.plan_at(config, step + 1, run["switched_at"])
-                state, values = step_fn(plan)(state, put(batch))
+                plan = plan and plan.dealt(shards)
+                state, values = run_programs.step(plan)(state, put(batch))
                 step += 1
                 settle()
                 pending.append((step, plan, values))

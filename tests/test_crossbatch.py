@@ -10,6 +10,7 @@ import pytest
 
 from fot_jax import attention, crossbatch, model
 from fot_jax.config import ModelConfig
+from fot_jax.crossbatch import reading
 
 CONFIG = ModelConfig(
     vocab_size=48, d_model=16, d_ff=20, n_layers=2, n_heads=4, n_kv_heads=2, head_size=6, window=8, mem_layers=(1,)
@@ -98,25 +99,6 @@ def test_block_plans(arguments, table):
 def test_loss_counts_every_row_of_a_packed_batch():
     for on_previous in (False, True):
         assert crossbatch.loss_rows(crossbatch.longllama_3b_plan(8), on_previous).all()
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        crossbatch.published_plan(6, 3, 2, True),
-        crossbatch.longllama_7b_plan(8),
-        crossbatch.block_plan(6, 3),
-        crossbatch.block_plan(9, 2, windows=2),
-    ],
-)
-def test_contexts_are_the_rows_that_the_plan_names(plan):
-    x = np.arange(plan.rows, dtype=np.float32)[:, None, None, None] + 0.1 * np.arange(4, dtype=np.float32)[:, None]
-    found = np.asarray(jax.jit(crossbatch.contexts, static_argnums=0)(plan, x))
-    R, C = plan.block_rows, plan.n_contexts
-    assert found.shape == (R, 1, C * 4, 1)
-    for row, c in np.ndindex(R, C):
-        if (wanted := plan.context_rows[plan.rows - R + row, c]) >= 0:
-            np.testing.assert_array_equal(found[row, :, 4 * c : 4 * c + 4], x[wanted])
 
 
 @pytest.mark.parametrize(
@@ -290,7 +272,7 @@ def test_grouped_queries_equal_heads_repeated_in_values_and_gradients(plan):
 )
 def test_long_windows_in_values_and_gradients(monkeypatch, length, plan, mem_positionals, with_segments):
     # Long enough for windows to be read in halves and contexts in groups: 2 and 1, or one by one.
-    monkeypatch.setattr(crossbatch, "_SOURCE_KEYS", 80)
+    monkeypatch.setattr(reading, "_SOURCE_KEYS", 80)
     B, H, K, scale = plan.rows, 2, 4, 0.5
     rng = np.random.default_rng(0)
     q, k, v = arrays = [rng.standard_normal((B, heads, length, K)).astype(np.float32) for heads in (H, 1, 1)]

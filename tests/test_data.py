@@ -500,20 +500,27 @@ def test_the_stream_does_not_depend_on_the_number_of_processes(layout):
         sizes = dict(streams=4, window=8, windows_per_step=2, layout=layout)
         return data.Packed(mixture_of_two(), **sizes, process_index=i, process_count=n)
 
+    def joined(parts):
+        """Of blocks each process has its streams of both."""
+        if layout == "packed":
+            return {n: np.concatenate([p[n] for p in parts]) for n in NAMES}
+        return {n: np.concatenate([p[n].reshape(2, -1, 8) for p in parts], axis=1).reshape(8, 8) for n in NAMES}
+
+    counts = (2, 4, 8) if layout == "packed" else (2, 4)
     whole = list(itertools.islice(make(0, 1), 12))
-    for count in (2, 4, 8):
+    for count in counts:
         parts = [list(itertools.islice(make(i, count), 12)) for i in range(count)]
         for step, batch in enumerate(whole):
-            assert same(batch, {n: np.concatenate([p[step][n] for p in parts]) for n in NAMES})
+            assert same(batch, joined([p[step] for p in parts]))
     state, got = None, []
-    for count, steps in ((2, 5), (1, 3), (8, 4)):  # one run, three numbers of processes
+    for count, steps in ((2, 5), (1, 3), (counts[-1], 4)):  # one run, three numbers of processes
         iterators = [iter(make(i, count)) for i in range(count)]
         for iterator in iterators:
             if state is not None:
                 iterator.set_state(state)
         for _ in range(steps):
             step = [next(iterator) for iterator in iterators]
-            got.append({n: np.concatenate([p[n] for p in step]) for n in NAMES})
+            got.append(joined(step))
         assert all(iterator.get_state() == iterators[0].get_state() for iterator in iterators)
         state = iterators[-1].get_state()
     assert all(map(same, got, whole))
@@ -535,6 +542,8 @@ def test_packing_errors():
     mixture = mixture_of_two()
     with pytest.raises(ValueError, match="streams x windows_per_step is 6; wanted a multiple of process_count, 4"):
         data.Packed(mixture, streams=3, window=8, windows_per_step=2, process_count=4)
+    with pytest.raises(ValueError, match="streams is 3; wanted a multiple of process_count, 2"):
+        data.Packed(mixture, streams=3, window=8, windows_per_step=2, layout="blocks", process_count=2)
     with pytest.raises(ValueError, match="layout is 'rows'; wanted 'packed' or 'blocks'"):
         data.Packed(mixture, streams=3, window=8, layout="rows")
     with pytest.raises(ValueError, match="window is 0"):

@@ -16,15 +16,15 @@ PACKAGE = ROOT / "fot_jax"
 
 # A module may import modules of earlier lines only.
 ORDER = [
-    {"config", "files", "host", "sources"},
-    {"tokenizer"},
-    {"sharding", "data", "attention", "checkpoint"},
+    {"config", "files", "hardware", "hlo", "host", "sources"},
+    {"sharding", "tokenizer"},
+    {"data", "attention", "checkpoint"},
     {"formats", "memory", "crossbatch"},
     {"pretrained"},
     {"model", "metrics"},
     {"generate", "run_config"},
     {"training"},
-    {"evals"},
+    {"evals", "forecast"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # What data may import of the project: it runs in loader processes, which need no model.

@@ -390,7 +390,7 @@ def test_settings_that_change_nothing_are_warned_of(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("rows", "kind"), [(8, "published"), (16, "blocks")])
+@pytest.mark.parametrize(("rows", "kind"), [(8, "published"), (8, "blocks")])
 def test_microbatches_of_several_processes_hold_whole_documents(rows, kind, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     ways = dict(data=1, fsdp=1)

@@ -1,12 +1,7 @@
-"""Crossbatch: in memory layers a row of the batch also attends to whole windows of other rows (arXiv 2307.03170,
-section 3.2).
+"""Plans: which rows' windows a row of the batch reads besides its own.
 
-Earlier windows of the same document are positives, windows of other documents negatives; all of them, un-rotated and
-never masked causally, share one softmax with the row's own causal window, and gradients reach their keys and values.
-
-A plan says who reads whom. It is made of row *offsets*, so that it runs as rolls of keys and values along the batch
-axis (a collective permute where rows are sharded) and not as a gather, for which a compiler would bring all keys to
-every device.
+A plan is made of row *offsets*, so that it runs as rolls of keys and values along the batch axis (a collective permute
+where rows are sharded) and not as a gather, for which a compiler would bring all keys to every device.
 """
 
 from __future__ import annotations
@@ -14,13 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-from fot_jax import attention, sharding
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +20,17 @@ class Plan:
     one block, all rows do. Context c of row i of that block is row i + offsets[c] (modulo the block) of block
     sources[c].
 
+    Blocks lie one after another, or dealt to `shards`: the first shard of every block, then the second of every block,
+    and so on (see `dealt`). Then devices that split the rows have equal shares of every block, and equal work.
+
     Attributes:
         rows: B.
         blocks: number of row blocks.
         sources: [C] block that context c is taken from.
         offsets: [C] row offset of context c within its block.
         wraps: whether offsets wrap round the block. Where they do not, a context that would is not visible.
-        seen: [B] how many contexts, from the first, a row sees.
+        seen: [B] how many contexts, from the first, a row sees; of blocks one after another.
+        shards: how many shards blocks are dealt to.
     """
 
     rows: int
@@ -46,6 +39,7 @@ class Plan:
     offsets: tuple[int, ...]
     wraps: bool
     seen: tuple[int, ...]
+    shards: int = 1
 
     @property
     def n_contexts(self) -> int:
@@ -58,17 +52,40 @@ class Plan:
         return self.rows // self.blocks
 
     @property
+    def order(self) -> np.ndarray:
+        """int [B], for each row of the batch its number among blocks that lie one after another."""
+        return np.arange(self.rows).reshape(self.blocks, self.shards, -1).swapaxes(0, 1).reshape(-1)
+
+    @property
     def visible(self) -> np.ndarray:
         """bool [B, C], which contexts a row sees."""
-        seen = np.arange(self.n_contexts)[None, :] < np.array(self.seen)[:, None]
-        row = np.arange(self.rows)[:, None] % self.block_rows + np.array(self.offsets, int)[None, :]
-        return seen & (self.wraps | (row >= 0) & (row < self.block_rows))
+        return self._context_rows()[self.order] >= 0
 
     @property
     def context_rows(self) -> np.ndarray:
         """int [B, C], the batch row that each context is; -1 where it is not visible."""
+        rows = self._context_rows()[self.order]
+        return np.where(rows >= 0, np.argsort(self.order)[rows], -1)
+
+    def _context_rows(self) -> np.ndarray:
+        """The same of blocks that lie one after another."""
+        seen = np.arange(self.n_contexts)[None, :] < np.array(self.seen)[:, None]
         row = np.arange(self.rows)[:, None] % self.block_rows + np.array(self.offsets, int)[None, :]
-        return np.where(self.visible, np.array(self.sources, int) * self.block_rows + row % self.block_rows, -1)
+        visible = seen & (self.wraps | (row >= 0) & (row < self.block_rows))
+        return np.where(visible, np.array(self.sources, int) * self.block_rows + row % self.block_rows, -1)
+
+    def dealt(self, shards: int) -> Plan:
+        """The same plan with blocks dealt to `shards`: of a batch whose row i is row `order[i]` of the one before.
+
+        Raises:
+            ValueError: rows of a block that `shards` does not divide.
+        """
+        if shards < 1 or self.block_rows % shards:
+            raise ValueError(
+                f"blocks of {self.block_rows} rows over {shards} shards; wanted a multiple (batch.rows, with "
+                f"{self.blocks} blocks of rows, over mesh.data x mesh.fsdp)"
+            )
+        return dataclasses.replace(self, shards=shards if self.blocks > 1 else 1)
 
 
 def pack_plan(rows: int, seen: tuple[int, ...]) -> Plan:
@@ -159,88 +176,6 @@ def block_plan(rows: int, contexts: int, windows: int = 1) -> Plan:
     )
 
 
-def contexts(plan: Plan, x_BHTK: Array, first_row: int = 0, axis: int = 2) -> Array:
-    """Every context of every reading row from `first_row` on, side by side along `axis`: [rows, ..., C x T, ...]."""
-    blocks = jnp.split(x_BHTK, plan.blocks, axis=0)
-    rolled = [jnp.roll(blocks[s], -offset, axis=0) for s, offset in zip(plan.sources, plan.offsets, strict=True)]
-    return jnp.concatenate([x[first_row:] for x in rolled], axis=axis)
-
-
-def crossbatch_attention(
-    plan: Plan,
-    q_BHTK: Array,
-    k_BGTK: Array,
-    v_BGTK: Array,
-    angles: attention.Angles | None,
-    segment_ids_BT: Array | None,
-    *,
-    scale: float,
-) -> Array:
-    """A memory layer's attention in training: one softmax over a row's own window and its contexts.
-
-    Args:
-        plan: who reads whom.
-        q_BHTK, k_BGTK, v_BGTK: un-rotated.
-        angles: rotation of local queries and keys by position in the window; None where the layer rotates nothing. The
-            rotated query meets the contexts' un-rotated keys: memory counts as position 0.
-        segment_ids_BT: int32 [B, T]; local attention stays within a segment, and tokens of segment 0 (padding) are
-            seen by nobody. None: one segment, no padding.
-        scale: what scores are multiplied by.
-
-    Returns:
-        [B, H, T, K] in the queries' dtype.
-
-    Raises:
-        ValueError: a batch that is not the plan's.
-    """
-    B, _, T, _ = q_BHTK.shape
-    if B != plan.rows:
-        raise ValueError(f"batch has {B} rows; the crossbatch plan is for {plan.rows}")
-    rotated = (lambda x: x) if angles is None else (lambda x: attention.rotate(x, angles))
-    own = attention.Source(rotated(k_BGTK), v_BGTK, local_mask(T, segment_ids_BT))
-    return attention.attention(rotated(q_BHTK), own, _context_sources(plan, k_BGTK, v_BGTK, segment_ids_BT), scale)
-
-
-# Contexts are read together as one source up to so many keys: enough for efficient matrix products, few enough for
-# scores to stay in a CPU's cache (the concatenation of three contexts of 256 was five times slower).
-_SOURCE_KEYS = 256
-
-
-def _context_sources(
-    plan: Plan, k_BGTK: Array, v_BGTK: Array, segment_ids_BT: Array | None
-) -> tuple[attention.Source, ...]:
-    """The contexts of the reading rows, un-rotated, a few to a source."""
-    T, C = k_BGTK.shape[2], plan.n_contexts
-    size = max(1, _SOURCE_KEYS // T)
-    sources = []
-    for first in range(0, C, size):
-        some = dataclasses.replace(
-            plan, sources=plan.sources[first : first + size], offsets=plan.offsets[first : first + size]
-        )
-        seen = plan.visible[plan.rows - plan.block_rows :, first : first + size]
-        # Rows before the first that sees one of them need not read them; where rows are split over devices, all do, or
-        # some devices would have less to do than others.
-        first_row = 0 if sharding.ways("batch") > 1 else int(seen.any(1).argmax())
-        seen = seen[first_row:]
-        visible = None
-        if not seen.all():
-            # Of a single context a row sees all or nothing.
-            visible = jnp.asarray(np.repeat(seen, T if size > 1 else 1, axis=1))[:, None, :]
-        if segment_ids_BT is not None:
-            written = (contexts(some, segment_ids_BT, first_row, axis=1) > 0)[:, None, :]
-            visible = written if visible is None else visible & written
-        sources.append(attention.Source(*(contexts(some, x, first_row) for x in (k_BGTK, v_BGTK)), visible))
-    return tuple(sources)
-
-
-def local_mask(length: int, segment_ids_BT: Array | None) -> Array:
-    """bool [B or 1, T, T]: causal, and within a segment where segments are given. Padding sees only padding."""
-    causal = jnp.asarray(np.tri(length, dtype=bool)[None])
-    if segment_ids_BT is None:
-        return causal
-    return causal & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
-
-
 def loss_rows(plan: Plan, loss_on_previous: bool) -> np.ndarray:
     """bool [B], the rows whose predictions count: all, or those of the last block only."""
-    return np.full(plan.rows, True) if loss_on_previous else np.arange(plan.rows) >= plan.rows - plan.block_rows
+    return np.full(plan.rows, True) if loss_on_previous else plan.order >= plan.rows - plan.block_rows

@@ -1,0 +1,303 @@
+"""What a training run needs before anybody pays for the chips: by arithmetic, and by the compiler.
+
+`arithmetic` needs nothing but the configuration. `compiled` runs the real compiler for TPUs that are not there
+(`jax.experimental.topologies`; the package libtpu compiles on any machine) and reads what it made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from fot_jax import attention, crossbatch, hlo, model, run_config, sharding, training
+from fot_jax.config import ModelConfig
+from fot_jax.hardware import Hardware
+from fot_jax.metrics import flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """A run, reckoned.
+
+    Attributes:
+        hardware: chips.
+        mesh: size of each axis.
+        parameters: how many.
+        rows, length: of a batch.
+        contexts: most other windows that a row of a memory layer reads.
+        flops_per_token: forward and backward, crossbatch counted, nothing recomputed.
+        steps, tokens: of the run.
+        nbytes: bytes on a chip by kind.
+        share: of the chips' peak that is reckoned with.
+    """
+
+    hardware: Hardware
+    mesh: dict[str, int]
+    parameters: int
+    rows: int
+    length: int
+    contexts: int
+    flops_per_token: float
+    steps: int
+    tokens: int
+    nbytes: dict[str, int]
+    share: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all chips together."""
+        return self.share * self.hardware.chip.flops * self.hardware.chips / self.flops_per_token
+
+    @property
+    def days(self) -> float:
+        """The whole run."""
+        return self.tokens / self.tokens_per_second / 86400
+
+    def summary(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        return {
+            **dataclasses.asdict(self),
+            "hardware": str(self.hardware),
+            "chips": self.hardware.chips,
+            "bytes_of_chip": self.hardware.chip.nbytes,
+            "tokens_per_second": self.tokens_per_second,
+            "days": self.days,
+        }
+
+    def table(self) -> str:
+        """The same, for people."""
+        chip, total = self.hardware.chip, sum(self.nbytes.values())
+        rows = {
+            "hardware": f"{self.hardware}: {self.hardware.chips} chips, {chip.flops / 1e12:g} TFLOP/s each",
+            "mesh": _mesh(self.mesh),
+            "parameters": f"{self.parameters:,}",
+            "batch": f"{self.rows} rows of {self.length}: {self.rows * self.length:,} tokens a step",
+            "crossbatch": f"up to {self.contexts} other windows a row" if self.contexts else "none",
+            "FLOPs a token": f"{self.flops_per_token / 1e9:,.2f} GFLOP, forward and backward",
+            "tokens/s": f"{self.tokens_per_second:,.0f} at {self.share:.0%} of peak",
+            "run": f"{self.steps:,} steps, {self.tokens / 1e9:,.2f} G tokens, {self.days:,.2f} days",
+            **{f"chip, {kind}": _gb(n) for kind, n in self.nbytes.items()},
+            "chip, all": f"{_gb(total)} of {_gb(chip.nbytes)}",
+        }
+        return _table(rows)
+
+
+def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
+    """Reckons a run. Bytes of activations are an estimate: what is kept between layers, and one layer's working set.
+
+    Args:
+        config: see `run_config.default_config`.
+        share: of the chips' peak that the run reaches, above 0 and up to 1.
+
+    Raises:
+        ValueError: a share that is none, and what `training.check` refuses.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; wanted above 0 and at most 1")
+    model_config = _model(config)
+    mesh = sharding.abstract_mesh(config.mesh, chips.chips, chips.slices)
+    run_config.check_batch(config, model_config, mesh.shape)
+    optimizer = run_config.make_optimizer(config)
+    state = jax.eval_shape(lambda: training.new_state(model.init_params(model_config, jax.random.key(0)), optimizer))
+    places = training.state_shardings(mesh, state)
+    held = lambda tree, where: sum(
+        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True)
+    )
+    params = held(state.params, places.params)
+    plans = _plans(config)
+    length = run_config.batch_length(config, model_config)
+    nbytes = {
+        "parameters": params,
+        "optimizer state": held(state.opt_state, places.opt_state),
+        "gradients": params,
+        **_activations(config, model_config, mesh.shape, plans),
+    }
+    flops = max(flops_per_token(model_config, plan, length) for plan in plans)
+    return Arithmetic(
+        hardware=chips,
+        mesh=dict(mesh.shape),
+        parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+        rows=config.batch.rows,
+        length=length,
+        contexts=max(max(plan.seen, default=0) if plan else 0 for plan in plans),
+        flops_per_token=flops,
+        steps=config.steps,
+        tokens=config.steps * config.batch.rows * length,
+        nbytes=nbytes,
+        share=share,
+    )
+
+
+def _model(config: ConfigDict) -> ModelConfig:
+    """The run's model, after every check of the configuration."""
+    run_config.check_config(config)
+    start = run_config.read_model(config.init_from) if config.init_from and not config.model.size else None
+    return run_config.model_config(config, start)
+
+
+def _plans(config: ConfigDict) -> list[Any]:
+    """The crossbatch plan for each of the numbers of contexts that the schedule chooses among."""
+    return [run_config.make_plan(config, contexts) for contexts in config.crossbatch.contexts]
+
+
+def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int], plans: list[Any]) -> dict[str, int]:
+    """Bytes on a chip of what a step computes."""
+    ways, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    tokens = config.batch.rows // config.batch.accumulate * run_config.batch_length(config, c) // ways
+    compute = jnp.dtype(c.dtypes.compute).itemsize
+    heads = (c.n_heads + 2 * c.n_kv_heads) * c.head_size
+    # With nothing recomputed a layer keeps what its products and norms read.
+    layer = 4 * c.d_model + (heads + c.n_heads * c.head_size + 3 * c.d_ff) // tensor
+    kept = {"full": c.d_model, "dots": c.d_model + (heads + c.d_model + 3 * c.d_ff) // tensor, "none": layer}
+    chunk = min(config.loss_chunk or config.batch.rows * run_config.batch_length(config, c), tokens * ways) // ways
+    return {
+        "activations kept": c.n_layers * tokens * kept[config.remat] * compute,
+        "a layer's work": 2 * tokens * layer * compute,
+        "logits": 2 * chunk * c.vocab_size // tensor * 4,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A training step that was compiled.
+
+    Attributes:
+        hardware, mesh, rows, length: as for `Arithmetic`.
+        attention: the kernel that computes attention.
+        execution: how contexts come to rows.
+        contexts: other windows that a row reads.
+        argument_bytes: of a chip: parameters, optimizer state, batch.
+        temporary_bytes: what the step needs beside them.
+        peak_bytes: of a chip, everything together.
+        code_bytes: of the program.
+        collectives: by kind, how many and how many bytes a chip takes or gives; see `hlo.Collective`.
+        seconds: that compiling took.
+    """
+
+    hardware: Hardware
+    mesh: dict[str, int]
+    rows: int
+    length: int
+    attention: str
+    execution: str
+    contexts: int
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    code_bytes: int
+    collectives: dict[str, hlo.Collective]
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip has room for it."""
+        return self.peak_bytes <= self.hardware.chip.nbytes
+
+    def summary(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        return {
+            **dataclasses.asdict(self),
+            "hardware": str(self.hardware),
+            "chips": self.hardware.chips,
+            "bytes_of_chip": self.hardware.chip.nbytes,
+            "collectives": {kind: one._asdict() for kind, one in self.collectives.items()},
+            "fits": self.fits,
+        }
+
+    def table(self) -> str:
+        """The same, for people."""
+        rows = {
+            "hardware": f"{self.hardware}: {self.hardware.chips} chips",
+            "mesh": _mesh(self.mesh),
+            "batch": f"{self.rows} rows of {self.length}: {self.rows * self.length:,} tokens a step",
+            "attention": self.attention,
+            "crossbatch": f"{self.contexts} other windows, {self.execution}" if self.contexts else "none",
+            "chip, arguments": _gb(self.argument_bytes),
+            "chip, temporaries": _gb(self.temporary_bytes),
+            "chip, program": _gb(self.code_bytes),
+            "chip, peak": f"{_gb(self.peak_bytes)} of {_gb(self.hardware.chip.nbytes)}"
+            + ("" if self.fits else ": DOES NOT FIT"),
+            **{kind: f"{one.count:,} a step, {_gb(one.nbytes)} a chip" for kind, one in self.collectives.items()},
+            "compiled in": f"{self.seconds:,.0f} s",
+        }
+        return _table(rows)
+
+
+def devices(chips: Hardware) -> list[Any]:
+    """Descriptions of TPUs that need not be there, to compile for.
+
+    Raises:
+        ValueError: GPUs, for which there is no compiler without one; no libtpu, or a shape that it does not know.
+    """
+    from jax.experimental import topologies
+
+    if not chips.chip.tpu:
+        raise ValueError(f"{chips} cannot be compiled for without such a GPU; wanted a TPU, or the arithmetic (--plan)")
+    # Without a chip libtpu would look for one on the network, and would not be loaded twice.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    more: dict[str, Any] = {"num_slices": chips.slices} if chips.slices > 1 else {}
+    more |= {"chip_config_name": "megacore"} if chips.chip.megacore else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=chips.topology, **more)
+    except Exception as error:
+        raise ValueError(f"{chips} cannot be compiled for: {error}; wanted pip install 'fot-jax[tpu]'") from error
+    return list(found.devices)
+
+
+def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
+    """Compiles a training step of a run, with the most contexts of its schedule, for TPUs that need not be there.
+
+    Raises:
+        ValueError: what `training.check` and `devices` refuse.
+    """
+    model_config = _model(config)
+    mesh = sharding.make_mesh(config.mesh, devices(chips))
+    run_config.check_batch(config, model_config, mesh.shape)
+    with jax.set_mesh(mesh):
+        programs = training.programs(config, model_config, mesh)
+        plan = max(_plans(config), key=lambda plan: plan.n_contexts if plan else 0)
+        plan = plan and plan.dealt(sharding.ways("batch"))
+        length, dtype = run_config.batch_length(config, model_config), jnp.dtype(model_config.dtypes.compute)
+        kernel = attention.kernel(config.attention, length, model_config.head_size, dtype).name
+        ring = plan is not None and not crossbatch.together(plan, length, config.crossbatch.execution)
+        begin = time.perf_counter()
+        program = programs.step(plan).lower(programs.state, programs.batch).compile()
+        seconds = time.perf_counter() - begin
+    found = program.memory_analysis()
+    return Compiled(
+        hardware=chips,
+        mesh=dict(mesh.shape),
+        rows=config.batch.rows,
+        length=length,
+        attention=kernel,
+        execution="ring" if ring else "concatenate",
+        contexts=plan.n_contexts if plan else 0,
+        argument_bytes=found.argument_size_in_bytes,
+        temporary_bytes=found.temp_size_in_bytes,
+        peak_bytes=found.peak_memory_in_bytes + found.generated_code_size_in_bytes,
+        code_bytes=found.generated_code_size_in_bytes,
+        collectives=hlo.Program(program.as_text()).collectives(),
+        seconds=seconds,
+    )
+
+
+def _mesh(mesh: dict[str, int]) -> str:
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one chip"
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:,.2f} GB"
+
+
+def _table(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}s}  {value}" for name, value in rows.items())

@@ -1,0 +1,137 @@
+"""What a compiled program does: collectives and matrix products, those in a loop as often as it runs.
+
+XLA's own `cost_analysis()` counts the body of a loop once, and kernels as nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+_ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su]\d+|f8\w+)\[([0-9,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
+_CALLED = re.compile(r"(calls|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_OPERAND = re.compile(r"%([\w.-]+)")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
+
+
+class Array(NamedTuple):
+    """Type and shape of an array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = _BYTES.get(self.dtype) or int(re.sub(r"\D", "", self.dtype[1:])[:2]) // 8
+        return size * math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a program.
+
+    Attributes:
+        name, op: as written.
+        results: its arrays.
+        operands: names of what it takes.
+        text: what follows the operation's name.
+    """
+
+    name: str
+    op: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    text: str
+
+
+class Collective(NamedTuple):
+    """Collectives of a kind: how many a device runs, and the bytes of what they take or give, whichever is more."""
+
+    count: int
+    nbytes: int
+
+
+class Program:
+    """A compiled module, from its text (`compiled.as_text()`)."""
+
+    def __init__(self, text: str):
+        self._computations: dict[str, dict[str, Instruction]] = {}
+        self._entry = ""
+        inside: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            if line.endswith("{") and (found := re.match(r"(ENTRY )?%?([\w.-]+) \(", line)):
+                inside = self._computations.setdefault(found[2], {})
+                self._entry = found[2] if found[1] else self._entry
+            elif found := _INSTRUCTION.match(line):
+                inside[found[1]] = _instruction(*found.groups())
+
+    def collectives(self) -> dict[str, Collective]:
+        """By kind, of those in `COLLECTIVES` that there are."""
+        found: dict[Any, tuple[str, int, int]] = {}
+        for number, (one, inside, times, fused) in enumerate(self._executed()):
+            kind = one.op.removesuffix("-start")
+            if kind in COLLECTIVES:
+                operands = sum(x.nbytes for name in one.operands if name in inside for x in inside[name].results)
+                # A start's results hold its operands too.
+                results = sum(x.nbytes for x in one.results) - (operands if one.op != kind else 0)
+                # A TPU's program cuts a collective into pieces, fused with what is computed meanwhile: of one channel.
+                channel = re.search(r"channel_id=(\d+)", one.text) if fused else None
+                key = channel[1] if channel else number
+                most = max(times, found[key][1]) if key in found else times
+                found[key] = kind, most, max(operands, results)
+        totals = {kind: [(n, size) for other, n, size in found.values() if other == kind] for kind in COLLECTIVES}
+        return {
+            kind: Collective(sum(n for n, _ in each), sum(n * size for n, size in each))
+            for kind, each in totals.items()
+            if each
+        }
+
+    def matmul_flops(self) -> float:
+        """FLOPs of matrix products on a device: 2 x result x contracted dimensions."""
+        total = 0.0
+        for one, inside, times, _ in self._executed():
+            if one.op == "dot":
+                left = inside[one.operands[0]].results[0].shape
+                contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", one.text)
+                sizes = [left[int(axis)] for axis in contracted[1].split(",") if axis] if contracted else []
+                total += times * 2.0 * math.prod(one.results[0].shape) * math.prod(sizes)
+        return total
+
+    def _executed(
+        self, name: str | None = None, times: int = 1, fused: bool = False
+    ) -> Iterator[tuple[Instruction, dict[str, Instruction], int, bool]]:
+        """Every instruction, its computation, how often it runs, and whether it is part of a fusion."""
+        inside = self._computations[name or self._entry]
+        for one in inside.values():
+            yield one, inside, times, fused
+            trips = self._trips(one) if one.op == "while" else 1
+            called = [computation for _, computation in _CALLED.findall(one.text)]
+            if found := _BRANCHES.search(one.text):
+                called += _OPERAND.findall(found[1])
+            for computation in called:
+                yield from self._executed(computation, times * trips, fused or one.op == "fusion")
+
+    def _trips(self, loop: Instruction) -> int:
+        """How often a loop runs, from the number that its counter is compared with; 1 where that is not written."""
+        if found := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
+            return int(found[1])
+        condition = dict(_CALLED.findall(loop.text))["condition"]
+        constants = [
+            int(found[1])
+            for one in self._computations[condition].values()
+            if one.op == "constant" and (found := re.match(r"(\d+)\)", one.text))
+        ]
+        return constants[0] if len(constants) == 1 else 1
+
+
+def _instruction(name: str, results: str, op: str, text: str) -> Instruction:
+    arrays = tuple(
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n)) for dtype, shape in _ARRAY.findall(results)
+    )
+    return Instruction(name, op, arrays, tuple(_OPERAND.findall(text.split("), ")[0])), text)

@@ -1,0 +1,215 @@
+"""What a run needs: by arithmetic, against numbers reckoned here; and what compiled programs do, loops counted."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fot_jax import crossbatch, forecast, hlo, run_config, sharding, training
+from fot_jax.hardware import CHIPS, Hardware, hardware
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run_of(name, text):
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "chips"),
+    [
+        ("v5e:16x16", Hardware("v5e", (16, 16)), 256),
+        ("2*v5e:4x8", Hardware("v5e", (4, 8), 2), 64),
+        ("v4:4x4x4", Hardware("v4", (4, 4, 4)), 64),
+        ("h100:8", Hardware("h100", (8,)), 8),
+    ],
+)
+def test_hardware(text, wanted, chips):
+    assert hardware(text) == wanted and str(wanted) == text and wanted.chips == chips
+
+
+@pytest.mark.parametrize(
+    "text", ["", "v5e", "v5e:", "v9:4x4", "v5e:4x", "0*v5e:4x4", "v5e:0x4", "x*v5e:4x4", "v5e:4 x4"]
+)
+def test_hardware_that_there_is_not(text):
+    with pytest.raises(ValueError, match="hardware is '"):
+        hardware(text)
+
+
+@pytest.mark.parametrize("text", ["v4:4x4x4", "v5e:8x8", "v5e:16x16", "v5p:4x4x4", "v6e:8x8", "2*v5e:4x8", "h100:8"])
+@pytest.mark.parametrize("name", ["longllama_3b", "longllama_7b", "longllama_code_7b"])
+def test_the_papers_runs_are_laid_out_for_every_hardware(name, text):
+    config = run_of(name, text)
+    found = forecast.arithmetic(config, hardware(text), 0.5)
+    assert found.rows * found.length == 2**18
+    assert found.mesh["data"] == hardware(text).slices and np.prod(list(found.mesh.values())) == found.hardware.chips
+    assert sum(found.nbytes.values()) < found.hardware.chip.nbytes
+    assert f"{found.parameters:,}" in found.table() and json.dumps(found.summary())
+
+
+def test_arithmetic_of_the_3b():
+    found = forecast.arithmetic(run_of("longllama_3b", "v5e:16x16"), hardware("v5e:16x16"), 0.4)
+    D, F, L, V, T = 3200, 8640, 26, 32000, 2048
+    layer = 4 * D * D + 3 * D * F
+    assert found.parameters == L * (layer + 2 * D) + 2 * V * D + D
+    # Two FLOPs a weight; scores and averages over half a window, in 3 layers over 2 more windows (0, 2, 3, 3; rows at
+    # the start of the batch have fewer before them).
+    seen = np.mean([min((0, 2, 3, 3)[row % 4], row) for row in range(128)])
+    forward = 2 * (L * layer + D * V) + 4 * D * (L * T / 2 + 3 * seen * T)
+    assert found.flops_per_token == pytest.approx(3 * forward)
+    assert found.tokens_per_second == pytest.approx(0.4 * 256 * 197e12 / (3 * forward))
+    assert found.days == pytest.approx(38147 * 2**18 / found.tokens_per_second / 86400)
+    norms = 2 * L * D + D  # split by fsdp alone
+    of_chip = ((found.parameters - norms) / 256 + norms / 128) * 4
+    assert found.mesh == {"data": 1, "fsdp": 128, "tensor": 2, "context": 1}
+    assert found.nbytes["parameters"] == found.nbytes["gradients"] == of_chip
+    assert found.nbytes["optimizer state"] == pytest.approx(2 * of_chip, abs=100)
+    assert found.nbytes["activations kept"] == L * T * D * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(batch__rows=100), r"batch.rows / batch.accumulate is 100; wanted a multiple of"),
+        (dict(mesh__data=1), "mesh.data is 1 over 2 slices; wanted a multiple"),
+        (dict(mesh__fsdp=48), "does not divide 64 devices"),
+        (dict(hardware="v9"), "hardware is 'v9'"),
+        (dict(attention="flash"), "config key attention is 'flash'"),
+    ],
+)
+def test_runs_that_do_not_fit_their_hardware(changes, message):
+    config = run_of("longllama_3b", "2*v5e:4x8")
+    config.mesh.data = 0
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    config.update_from_flattened_dict(flat)
+    with pytest.raises(ValueError, match=message):
+        forecast.arithmetic(config, hardware("2*v5e:4x8"), 0.5)
+    with pytest.raises(ValueError, match="share is 1.5"):
+        forecast.arithmetic(run_of("longllama_3b", "v5e:8x8"), hardware("v5e:8x8"), 1.5)
+
+
+def test_gpus_are_not_compiled_for():
+    with pytest.raises(ValueError, match="h100:8 cannot be compiled for without such a GPU; wanted a TPU"):
+        forecast.compiled(run_of("longllama_3b", "h100:8"), hardware("h100:8"))
+
+
+def train_py(*arguments):
+    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_plans_without_data_or_workdir(tmp_path):
+    done = train_py("--config=configs/longllama_7b.py:v5p:4x4x4", "--plan", f"--report={tmp_path}/r.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["chips"] == 64 and report["parameters"] == 6_738_415_616 and report["contexts"] == 7
+    assert "6,738,415,616" in done.stdout
+    for arguments, message in (
+        (["--plan", "--topology=v9:4"], "train.py: hardware is 'v9:4'; wanted CHIP:SHAPE"),
+        (["--compile_only", "--topology=h100:8"], "train.py: h100:8 cannot be compiled for"),
+        (["--plan", "--share=0"], "train.py: share is 0.0"),
+        ([], "--workdir is not set"),
+    ):
+        done = train_py("--config=configs/longllama_3b.py:h100:8", *arguments)
+        assert done.returncode != 0 and message in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+# Compiled programs.
+
+
+def test_loops_are_counted_as_often_as_they_run(devices):
+    mesh = sharding.make_mesh({"data": 8}, devices)
+    place = NamedSharding(mesh, P("data"))
+
+    def f(x, ws):
+        def body(x, w):
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w), P("data")), None
+
+        x, _ = jax.lax.scan(body, x, ws)
+        return jax.lax.fori_loop(0, 3, lambda _, x: jnp.cos(x - jnp.sum(x, axis=0, keepdims=True)), x)
+
+    arrays = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=place), jax.ShapeDtypeStruct((7, 32, 32), jnp.float32)
+    with jax.set_mesh(mesh):
+        program = hlo.Program(jax.jit(f, out_shardings=place).lower(*arrays).compile().as_text())
+    assert program.matmul_flops() == 7 * 2 * 2 * 32 * 32
+    assert program.collectives() == {"all-reduce": hlo.Collective(3, 3 * 32 * 4)}
+
+
+def step_of(config, devices):
+    """The compiled step of a run, read."""
+    model_config = run_config.model_config(config)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    with jax.set_mesh(mesh):
+        programs = training.programs(config, model_config, mesh)
+        plan = run_config.plan_at(config, 1).dealt(sharding.ways("batch"))
+        return hlo.Program(programs.step(plan).lower(programs.state, programs.batch).compile().as_text())
+
+
+RUN = dict(
+    batch__rows=16,
+    batch__length=16,
+    model__d_model=64,
+    model__d_ff=128,
+    model__n_heads=8,
+    model__n_kv_heads=8,
+    model__n_layers=3,
+    remat="full",
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(crossbatch__kind="longllama_3b", crossbatch__packing=1, crossbatch__contexts=(1,)),
+        dict(crossbatch__kind="blocks", crossbatch__packing=1, crossbatch__contexts=(8,)),
+    ],
+    ids=["3b", "blocks"],
+)
+def test_eight_devices_do_an_eighth_of_the_work_each(changes, devices):
+    config = lambda **mesh: toy.config(**RUN, **changes, crossbatch__execution="ring", **mesh)
+    one = step_of(config(), devices[:1]).matmul_flops()
+    for mesh in (dict(mesh__data=8), dict(mesh__fsdp=4, mesh__tensor=2)):
+        eight = step_of(config(**mesh), devices)
+        assert eight.matmul_flops() <= 1.1 * one / 8, mesh
+    # As many as the mathematics needs; rotations and norms have no products.
+    model_config = run_config.model_config(config())
+    plan = run_config.plan_at(config(), 1)
+    needed = training.flops_per_token(model_config, plan, 16) * 16 * 16
+    assert needed < one < 2 * needed  # layers are computed again, masked scores too
+
+
+def test_collectives_are_those_that_fsdp_and_crossbatch_call_for(devices):
+    config = toy.config(
+        **RUN, crossbatch__kind="longllama_3b", crossbatch__packing=1, crossbatch__contexts=(1,),
+        crossbatch__execution="ring", mesh__fsdp=8,
+    )  # fmt: skip
+    model_config = run_config.model_config(config)
+    found = step_of(config, devices).collectives()
+    # Embedding: tokens' vectors, of which each device has an eighth of all, to those whose rows they are; and back.
+    assert set(found) == {"all-gather", "all-reduce", "collective-permute", "all-to-all"}, found
+    assert found["all-to-all"].count == 2
+    # A context's keys, values and numbers, set out, then passed on once for each of 3 contexts: forward, and backward
+    # with the gradients of keys and values, which then go home.
+    assert crossbatch.longllama_3b_plan(16).n_contexts == 3
+    row = 8 * 8 * 16 * 4  # bytes of one row of keys; each device has two
+    permuted = found["collective-permute"]
+    assert permuted.count <= 2 * 3 * (1 + 3) + 2 * 3 + 2 * 2
+    assert permuted.nbytes <= (2 * 2 * (1 + 3) + 2 * 3 + 2 * 2) * row + 2 * (1 + 3) * 16 * 4
+    # Each weight is gathered forward, and again where layers are recomputed; each gradient is summed once.
+    weights = sum(x.size for x in jax.tree.leaves(training.model.abstract_params(model_config))) * 4
+    assert weights <= found["all-gather"].nbytes <= 3.2 * weights
+    assert 0.9 * weights <= found["all-reduce"].nbytes <= 2 * weights
+
+
+def test_chips_have_peak_and_memory():
+    assert all(chip.flops > 1e14 and chip.nbytes >= 16e9 for chip in CHIPS.values())

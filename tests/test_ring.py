@@ -1,0 +1,86 @@
+"""Contexts that travel and contexts side by side, on one device and on eight, are one softmax in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import float64_reference
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy_reference
+import pytest
+
+from fot_jax import crossbatch, model, sharding
+from fot_jax.config import ModelConfig
+
+T = 8
+CONFIG = ModelConfig(
+    vocab_size=48, d_model=16, d_ff=24, n_layers=3, n_heads=4, n_kv_heads=2, head_size=8, window=T, mem_layers=(0, 2)
+)
+PLANS = {
+    "published": (crossbatch.published_plan(16, 5), {}),
+    "stepping": (crossbatch.published_plan(16, 3, 4, True), {"n_kv_heads": 4}),
+    "3b": (crossbatch.longllama_3b_plan(16), {}),
+    "7b": (crossbatch.longllama_7b_plan(16), {"n_kv_heads": 4}),
+    "blocks": (crossbatch.block_plan(16, 3), {"mem_positionals": False, "qk_norm": True, "tie_embeddings": True}),
+    "all documents": (crossbatch.block_plan(16, 8), {"mem_layers": (1,)}),
+    "two earlier windows": (crossbatch.block_plan(24, 5, windows=2), {"mem_positionals": False}),
+}
+MESHES = {"one": {"data": 1}, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
+
+
+def padded(rows):
+    """Two documents in row 0, padding behind in row 1, before in row 2, nothing but padding in row 3."""
+    ids = np.ones((rows, T), np.int32)
+    ids[0, 3:], ids[1, 5:], ids[2, :2], ids[3] = 2, 0, 0, 0
+    return ids
+
+
+@functools.cache
+def case(name, with_segments):
+    plan, changes = PLANS[name]
+    config = CONFIG.replace(**changes)
+    rng = np.random.default_rng(0)
+    # Logits of about one: what float32 rounds is then below 1e-5.
+    params = jax.tree.map(lambda x: x * np.float32(0.6), numpy_reference.random_params(config))
+    tokens = rng.integers(0, config.vocab_size, (plan.rows, T)).astype(np.int32)
+    ids = padded(plan.rows) if with_segments else None
+    weight = rng.standard_normal((plan.rows, T, config.vocab_size)) * (1 if ids is None else (ids > 0)[..., None])
+    wanted = float64_reference.value_and_gradients(config, params, tokens, plan, ids, weight)
+    return config, plan, params, tokens, ids, weight, wanted
+
+
+@pytest.mark.parametrize("execution, mesh_name", [("concatenate", "one"), ("ring", "one"), ("ring", "all")])
+@pytest.mark.parametrize("name, with_segments", [(name, name in ("published", "blocks")) for name in PLANS])
+def test_every_scheme_is_the_float64_model(name, with_segments, execution, mesh_name, devices):
+    check(name, with_segments, execution, mesh_name, devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("execution, mesh_name", [("concatenate", "data"), ("concatenate", "all"), ("ring", "data")])
+@pytest.mark.parametrize("name, with_segments", [(name, name in ("published", "blocks")) for name in PLANS])
+def test_every_scheme_is_the_float64_model_on_other_meshes(name, with_segments, execution, mesh_name, devices):
+    check(name, with_segments, execution, mesh_name, devices)
+
+
+def check(name, with_segments, execution, mesh_name, devices):
+    config, plan, params, tokens, ids, weight, (wanted, wanted_grads) = case(name, with_segments)
+    real = np.ones(tokens.shape, bool) if ids is None else ids > 0
+    shape = MESHES[mesh_name]
+    mesh = sharding.make_mesh(shape, devices)
+    plan = plan.dealt(shape["data"] * shape.get("fsdp", 1))
+    rows = lambda x: None if x is None else x[plan.order]
+
+    def loss(params, tokens, ids, weight):
+        found = model.crossbatch_forward(config, params, tokens, plan, ids, execution=execution)
+        return jnp.sum(jax.nn.log_softmax(found) * weight), found
+
+    with jax.set_mesh(mesh):
+        places = sharding.param_shardings(mesh, params), *[sharding.batch_sharding(mesh)] * 3
+        step = jax.jit(jax.grad(loss, has_aux=True), in_shardings=places)
+        grads, found = step(params, rows(tokens), rows(ids), rows(weight.astype(np.float32)))
+    np.testing.assert_allclose(np.asarray(found)[rows(real)], rows(wanted)[rows(real)], atol=1e-5)
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
+    for (path, grad), want in zip(leaves, jax.tree.leaves(wanted_grads), strict=True):
+        assert np.abs(grad - want).max() <= 1e-4 * np.abs(want).max(), jax.tree_util.keystr(path)
