@@ -40,7 +40,10 @@ _COMPILE = flags.DEFINE_bool("compile_only", False, "Compile a step for TPUs tha
 _TOPOLOGY = flags.DEFINE_string("topology", "", "What for, like v5e:16x16 or 2*v5e:4x8; by default config.hardware.")
 _REPORT = flags.DEFINE_string("report", "", "JSON file for what --plan or --compile_only find.")
 _CACHE = flags.DEFINE_string(
-    "compilation_cache", "", "Folder of compiled programs; by default WORKDIR/compiled, but for CPUs. 'none' for none."
+    "compilation_cache",
+    "",
+    "Folder of compiled programs; by default JAX_COMPILATION_CACHE_DIR, or else WORKDIR/compiled, but for CPUs. 'none' "
+    "for none of ours.",
 )
 
 
@@ -63,6 +66,10 @@ def main(argv: list[str]) -> int | None:
     """Checks, then data, then training."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
+    if _PLAN.value and _COMPILE.value:
+        raise app.UsageError("--plan and --compile_only; wanted one of them")
+    if not (_PLAN.value or _COMPILE.value) and (_TOPOLOGY.value or _REPORT.value):
+        raise app.UsageError("--topology and --report go with --plan or --compile_only")
     if _PLAN.value or _COMPILE.value:
         try:
             return forecast_only(_CONFIG.value)
@@ -70,8 +77,9 @@ def main(argv: list[str]) -> int | None:
             raise SystemExit(f"train.py: {one_line(error)}") from error
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is not set; wanted a folder")
-    if _CACHE.value != "none" and (_CACHE.value or jax.default_backend() != "cpu"):
-        training.keep_compiled(_CACHE.value or pathlib.Path(_WORKDIR.value) / "compiled")
+    stated = _CACHE.value or jax.config.jax_compilation_cache_dir
+    if _CACHE.value != "none" and (stated or jax.default_backend() != "cpu"):
+        training.keep_compiled(stated or pathlib.Path(_WORKDIR.value) / "compiled")
     keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
     log = logging.getLogger("fot_jax")

@@ -15,6 +15,8 @@ import runpy
 
 from ml_collections import ConfigDict
 
+from fot_jax.run_config import set_hardware
+
 _3B = runpy.run_path(str(pathlib.Path(__file__).with_name("longllama_3b.py")))
 
 
@@ -22,5 +24,5 @@ def get_config(hardware: str = "v5e:16x16") -> ConfigDict:
     """The configuration."""
     config = _3B["get_config"](hardware)
     config.model.size = config.crossbatch.kind = "longllama_7b"
-    _3B["set_hardware"](config, hardware)
+    set_hardware(config, hardware)
     return config

@@ -17,6 +17,8 @@ import runpy
 
 from ml_collections import ConfigDict
 
+from fot_jax.run_config import set_hardware
+
 _7B = runpy.run_path(str(pathlib.Path(__file__).with_name("longllama_7b.py")))
 
 # Source, share of documents in per cent, shortest document in tokens.
@@ -36,5 +38,5 @@ def get_config(hardware: str = "v5e:16x16") -> ConfigDict:
     config.batch.rows = 64
     sources, weights, min_tokens = zip(*MIXTURE, strict=True)
     config.data.update(train=sources, weights=weights, min_tokens=min_tokens)
-    _7B["_3B"]["set_hardware"](config, hardware)
+    set_hardware(config, hardware)
     return config

@@ -103,6 +103,7 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
         raise ValueError(f"share is {share}; wanted above 0 and at most 1")
     model_config = _model(config)
     mesh = sharding.abstract_mesh(config.mesh, chips.chips, chips.slices)
+    _check_mesh(mesh, chips)
     run_config.check_batch(config, model_config, mesh.shape)
     optimizer = run_config.make_optimizer(config)
     state = jax.eval_shape(lambda: training.new_state(model.init_params(model_config, jax.random.key(0)), optimizer))
@@ -117,7 +118,8 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
     nbytes = {
         "parameters": params,
         "optimizer state": held(state.opt_state, places.opt_state),
-        "gradients": params,
+        # Of microbatches the sum so far, and those of one.
+        "gradients": params * (2 if config.batch.accumulate > 1 else 1),
         **_activations(config, model_config, mesh.shape, plans),
     }
     flops = max(flops_per_token(model_config, plan, length) for plan in plans)
@@ -141,6 +143,15 @@ def _model(config: ConfigDict) -> ModelConfig:
     run_config.check_config(config)
     start = run_config.read_model(config.init_from) if config.init_from and not config.model.size else None
     return run_config.model_config(config, start)
+
+
+def _check_mesh(mesh: Any, chips: Hardware) -> None:
+    """A forecast for chips that lie idle would be wrong."""
+    if mesh.size != chips.chips:
+        raise ValueError(
+            f"mesh {_mesh(dict(mesh.shape))} has {mesh.size} of the {chips.chips} chips of {chips}; wanted all: "
+            "config.mesh to fit, or hardware stated behind the configuration's file (FILE.py:v5e:16x16)"
+        )
 
 
 def _plans(config: ConfigDict) -> list[Any]:
@@ -249,7 +260,9 @@ def devices(chips: Hardware) -> list[Any]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=chips.topology, **more)
     except Exception as error:
-        raise ValueError(f"{chips} cannot be compiled for: {error}; wanted pip install 'fot-jax[tpu]'") from error
+        raise ValueError(
+            f"{chips} cannot be compiled for: {error}; wanted a topology that libtpu knows (pip install 'fot-jax[tpu]')"
+        ) from error
     return list(found.devices)
 
 
@@ -257,10 +270,11 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
     """Compiles a training step of a run, with the most contexts of its schedule, for TPUs that need not be there.
 
     Raises:
-        ValueError: what `training.check` and `devices` refuse.
+        ValueError: what `training.check` and `devices` refuse; a step that the compiler says does not fit.
     """
     model_config = _model(config)
     mesh = sharding.make_mesh(config.mesh, devices(chips))
+    _check_mesh(mesh, chips)
     run_config.check_batch(config, model_config, mesh.shape)
     with jax.set_mesh(mesh):
         programs = training.programs(config, model_config, mesh)
@@ -270,7 +284,15 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
         kernel = attention.kernel(config.attention, length, model_config.head_size, dtype).name
         ring = plan is not None and not crossbatch.together(plan, length, config.crossbatch.execution)
         begin = time.perf_counter()
-        program = programs.step(plan).lower(programs.state, programs.batch).compile()
+        try:
+            program = programs.step(plan).lower(programs.state, programs.batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            said = str(error).split("\n\n")[0]
+            raise ValueError(
+                f"the step does not fit {chips}: {said}; wanted fewer rows a chip, or more chips"
+            ) from error
         seconds = time.perf_counter() - begin
     found = program.memory_analysis()
     return Compiled(

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su]\d+|f8\w+)\[([0-9,]*)\]")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
-_CALLED = re.compile(r"(calls|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_CALLED = re.compile(r"\b(calls|body|condition|true_computation|false_computation)=%?([\w.-]+)")
+_APPLIED = re.compile(r"\bto_apply=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OPERAND = re.compile(r"%([\w.-]+)")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
@@ -28,8 +28,8 @@ class Array(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        size = _BYTES.get(self.dtype) or int(re.sub(r"\D", "", self.dtype[1:])[:2]) // 8
-        return size * math.prod(self.shape)
+        bits = 8 if self.dtype.startswith(("pred", "f8")) else int(re.sub(r"\D", "", self.dtype))
+        return math.prod(self.shape) * bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,11 @@ class Program:
                 # A start's results hold its operands too.
                 results = sum(x.nbytes for x in one.results) - (operands if one.op != kind else 0)
                 # A TPU's program cuts a collective into pieces, fused with what is computed meanwhile: of one channel.
-                channel = re.search(r"channel_id=(\d+)", one.text) if fused else None
-                key = channel[1] if channel else number
-                most = max(times, found[key][1]) if key in found else times
-                found[key] = kind, most, max(operands, results)
+                channel = re.search(r"channel_id=\d+", one.text) if fused else None
+                pairs = re.search(r"source_target_pairs=\S+", one.text)
+                key = (kind, channel[0], pairs and pairs[0]) if channel else number
+                before = found.get(key, (kind, 0, 0))
+                found[key] = kind, max(times, before[1]), max(operands, results, before[2])
         totals = {kind: [(n, size) for other, n, size in found.values() if other == kind] for kind in COLLECTIVES}
         return {
             kind: Collective(sum(n for n, _ in each), sum(n * size for n, size in each))
@@ -114,6 +115,8 @@ class Program:
             called = [computation for _, computation in _CALLED.findall(one.text)]
             if found := _BRANCHES.search(one.text):
                 called += _OPERAND.findall(found[1])
+            if one.op == "call":  # what others apply is for single numbers
+                called += _APPLIED.findall(one.text)
             for computation in called:
                 yield from self._executed(computation, times * trips, fused or one.op == "fusion")
 

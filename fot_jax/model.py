@@ -286,7 +286,7 @@ def forward(
     if plan is not None and plan.rows != B:
         raise ValueError(f"batch has {B} rows; the crossbatch plan is for {plan.rows}")
     ways = sharding.ways("batch")
-    if plan is not None and plan.blocks > 1 and plan.shards % ways:
+    if plan is not None and plan.blocks > 1 and plan.shards != ways:
         dealt = plan.dealt(ways)
         take = np.argsort(plan.order)[dealt.order]
         segment_ids_BT = None if segment_ids_BT is None else segment_ids_BT[take]

@@ -123,6 +123,7 @@ _USED_WITH = {
     "crossbatch.windows": ("crossbatch.kind", ("blocks",)),
     "crossbatch.loss_on_previous": ("crossbatch.kind", ("blocks",)),
     "crossbatch.contexts": ("crossbatch.kind", ("published", "blocks")),
+    "crossbatch.execution": ("crossbatch.kind", ("published", "longllama_3b", "longllama_7b", "blocks")),
     "crossbatch.schedule": ("crossbatch.kind", ("published", "blocks")),
     "crossbatch.switch_step": ("crossbatch.schedule", ("switch_step",)),
     "crossbatch.switch_accuracy": ("crossbatch.schedule", ("switch_accuracy",)),
@@ -348,29 +349,30 @@ def make_plan(config: ConfigDict, contexts: int) -> crossbatch.Plan | None:
 def set_hardware(config: ConfigDict, text: str) -> None:
     """Lays a run out on chips: each slice an equal part of the rows (data), whose chips hold the parameters in shares
     (fsdp); chips beyond the rows, or beyond what the model's width can be shared by, split heads, feed-forward and
-    vocabulary (tensor).
+    vocabulary (tensor). Where a chip would have more than 4096 tokens, or one row, rows come in microbatches.
 
     Args:
-        config: with model and batch stated; its hardware and mesh are set.
+        config: with model and batch stated; hardware, mesh and batch.accumulate are set.
         text: see `hardware.hardware`.
 
     Raises:
         ValueError: hardware that there is not.
     """
-    chips = hardware(text)
-    per_slice = chips.chips // chips.slices
-    rows = config.batch.rows // config.batch.accumulate // chips.slices
-    fsdp = math.gcd(per_slice, math.gcd(model_config(config).d_model, rows))
+    chips, model = hardware(text), model_config(config)
+    per_slice, rows = chips.chips // chips.slices, config.batch.rows
+    at_once = chips.chips * max(1, 4096 // batch_length(config, model))
+    config.batch.accumulate = max(1, rows // at_once) if rows % at_once == 0 else 1
+    rows //= config.batch.accumulate * chips.slices
+    fsdp = math.gcd(per_slice, math.gcd(model.d_model, rows))
     config.hardware = text
     config.mesh.update(data=chips.slices, fsdp=fsdp, tensor=per_slice // fsdp)
 
 
-def peak_flops(config: ConfigDict) -> float:
+def peak_flops(config: ConfigDict, devices: int) -> float:
     """FLOP/s of all devices together; 0 where the configuration does not say."""
     if config.peak_flops or not config.hardware:
         return config.peak_flops
-    chips = hardware(config.hardware)
-    return chips.chips * chips.chip.flops
+    return devices * hardware(config.hardware).chip.flops
 
 
 def batch_length(config: ConfigDict, model: ModelConfig) -> int:

@@ -68,8 +68,9 @@ def mesh_sizes(shape: Mapping[str, int] | None, devices: int | None = None, slic
     Args:
         shape: size of each axis; those left out are 1, and `data` left out, or 0, takes what the others leave.
         devices: how many there are; None: as many as the shape needs, with every axis stated.
-        slices: groups of devices that a slower network joins. Of `data`, whose devices exchange gradients alone, and
-            those once a step, each group has an equal part; no other axis crosses groups.
+        slices: groups of devices that a slower network joins. Each has an equal part of `data`, and no other axis
+            crosses them: what does is the sum of gradients and, in crossbatch, of a row's keys and values at the border
+            for each context.
 
     Raises:
         ValueError: an unknown axis, or sizes that do not fit the devices and slices.
@@ -108,12 +109,14 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     sizes = mesh_sizes(shape, len(devices), slices)
     # Explicit axes, the default, type every intermediate value; the partitioner's own propagation is what we want.
     kinds = (AxisType.Auto,) * len(MESH_AXES)
+    within = [size // (slices if axis == "data" else 1) for axis, size in sizes.items()]
     if slices > 1:
-        within = [sizes[axis] // (slices if axis == "data" else 1) for axis in MESH_AXES]
-        across = [slices if axis == "data" else 1 for axis in MESH_AXES]
-        return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), MESH_AXES, axis_types=kinds)
-    needed = math.prod(sizes.values())
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices[:needed])
+        across = [slices if axis == "data" else 1 for axis in sizes]
+        laid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    else:
+        needed = devices[: math.prod(within)]
+        laid = mesh_utils.create_device_mesh(within, needed, allow_split_physical_axes=True)
+    return Mesh(laid, MESH_AXES, axis_types=kinds)
 
 
 def abstract_mesh(shape: Mapping[str, int] | None, devices: int, slices: int = 1) -> AbstractMesh:

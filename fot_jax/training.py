@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fot_jax import checkpoint, crossbatch, files, model, run_config, sharding
+from fot_jax import attention, checkpoint, crossbatch, files, model, run_config, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.metrics import Meter, Metrics, flops_per_token
 from fot_jax.run_config import learning_rate, make_optimizer
@@ -272,7 +272,7 @@ def train_step(
 
 
 def keep_compiled(folder: str | os.PathLike) -> None:
-    """Has JAX keep every program that took a second to compile in a folder, and look there first."""
+    """Has JAX keep every program that took a second to compile in a folder, and look for them there."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
@@ -318,13 +318,13 @@ def programs(config: ConfigDict, model_config: ModelConfig, mesh: jax.sharding.M
     """
     optimizer, rate = make_optimizer(config), learning_rate(config)
     options = LossOptions(
-        config.loss_chunk,
-        config.remat,
-        config.unroll,
-        config.batch.separate,
-        config.crossbatch.loss_on_previous,
-        config.attention,
-        config.crossbatch.execution,
+        loss_chunk=config.loss_chunk,
+        remat=config.remat,
+        unroll=config.unroll,
+        separate=config.batch.separate,
+        loss_on_previous=config.crossbatch.loss_on_previous,
+        kernel=config.attention,
+        execution=config.crossbatch.execution,
     )
 
     def initial(key: Array) -> TrainState:
@@ -404,7 +404,8 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     """The run's model and mesh, after every check that needs no data and no long work.
 
     Raises:
-        ValueError: see `run_config.check_config`, `model_config` and `check_batch`, and `sharding.make_mesh`.
+        ValueError: see `run_config.check_config`, `model_config` and `check_batch`, `sharding.make_mesh` and
+            `attention.kernel`.
         CheckpointError: the model in `workdir` or `init_from` is another, or that in `workdir` was never in training.
     """
     run_config.check_config(config)
@@ -416,6 +417,9 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     pretrained = run_config.read_model(source) if source else None
     model_config = run_config.model_config(config, pretrained)
     run_config.check_batch(config, model_config, mesh.shape)
+    with jax.set_mesh(mesh):
+        length, dtype = run_config.batch_length(config, model_config), model_config.dtypes.compute
+        attention.kernel(config.attention, length, model_config.head_size, dtype)
     wanted = model.abstract_params(model_config)
     sharding.param_shardings(mesh, wanted)
     if source == workdir:
@@ -486,7 +490,7 @@ def train(
         step = first = int(state.step)
         length = run_config.batch_length(config, model_config)
         tokens = config.batch.rows * length
-        metrics, meter = Metrics(workdir, step, config.steps), Meter(run_config.peak_flops(config))
+        metrics, meter = Metrics(workdir, step, config.steps), Meter(run_config.peak_flops(config, mesh.size))
         held_out = list(itertools.islice(validation, config.validation.batches)) if config.validation.every else []
         pending: list[tuple[int, crossbatch.Plan | None, dict[str, Array]]] = []
 

@@ -96,6 +96,26 @@ def test_block_plans(arguments, table):
     np.testing.assert_array_equal(crossbatch.loss_rows(plan, loss_on_previous=True), [True] * len(table))
 
 
+@pytest.mark.parametrize("plan", [crossbatch.block_plan(12, 3), crossbatch.block_plan(18, 2, windows=2)])
+def test_dealt_plans_are_the_same_plan_of_rows_in_another_order(plan):
+    table = context_rows(plan)
+    for shards in (1, 2, 3, 6):
+        dealt = plan.dealt(shards)
+        assert sorted(dealt.order) == list(range(plan.rows))
+        # Every shard has as many rows of each block, one block after another.
+        blocks = (dealt.order // plan.block_rows).reshape(shards, plan.blocks, -1)
+        np.testing.assert_array_equal(blocks, np.broadcast_to(np.arange(plan.blocks)[:, None], blocks.shape))
+        at = {int(row): place for place, row in enumerate(dealt.order)}
+        for place, row in enumerate(dealt.order):
+            assert context_rows(dealt)[place] == {at[other] for other in table[row]}
+        np.testing.assert_array_equal(
+            crossbatch.loss_rows(dealt, False), crossbatch.loss_rows(plan, False)[dealt.order]
+        )
+    with pytest.raises(ValueError, match="over 4 shards; wanted a multiple"):
+        plan.dealt(4)
+    assert crossbatch.longllama_3b_plan(8).dealt(4) == crossbatch.longllama_3b_plan(8)
+
+
 def test_loss_counts_every_row_of_a_packed_batch():
     for on_previous in (False, True):
         assert crossbatch.loss_rows(crossbatch.longllama_3b_plan(8), on_previous).all()

@@ -95,8 +95,14 @@ def test_runs_that_do_not_fit_their_hardware(changes, message):
     config.update_from_flattened_dict(flat)
     with pytest.raises(ValueError, match=message):
         forecast.arithmetic(config, hardware("2*v5e:4x8"), 0.5)
+
+
+def test_forecasts_for_other_chips_than_the_mesh_has():
+    config = run_of("longllama_3b", "v5e:8x8")
+    with pytest.raises(ValueError, match="mesh fsdp 64 has 64 of the 256 chips of v5e:16x16; wanted all"):
+        forecast.arithmetic(config, hardware("v5e:16x16"), 0.5)
     with pytest.raises(ValueError, match="share is 1.5"):
-        forecast.arithmetic(run_of("longllama_3b", "v5e:8x8"), hardware("v5e:8x8"), 1.5)
+        forecast.arithmetic(config, hardware("v5e:8x8"), 1.5)
 
 
 def test_gpus_are_not_compiled_for():
@@ -178,14 +184,12 @@ RUN = dict(
 def test_eight_devices_do_an_eighth_of_the_work_each(changes, devices):
     config = lambda **mesh: toy.config(**RUN, **changes, crossbatch__execution="ring", **mesh)
     one = step_of(config(), devices[:1]).matmul_flops()
-    for mesh in (dict(mesh__data=8), dict(mesh__fsdp=4, mesh__tensor=2)):
-        eight = step_of(config(**mesh), devices)
-        assert eight.matmul_flops() <= 1.1 * one / 8, mesh
-    # As many as the mathematics needs; rotations and norms have no products.
-    model_config = run_config.model_config(config())
+    # At least what the mathematics needs; beyond it, layers are computed again, and masked scores too.
     plan = run_config.plan_at(config(), 1)
-    needed = training.flops_per_token(model_config, plan, 16) * 16 * 16
-    assert needed < one < 2 * needed  # layers are computed again, masked scores too
+    needed = training.flops_per_token(run_config.model_config(config()), plan, 16) * 16 * 16
+    assert needed < one < 2 * needed
+    for mesh in (dict(mesh__data=8), dict(mesh__fsdp=4, mesh__tensor=2)):
+        assert needed / 8 <= step_of(config(**mesh), devices).matmul_flops() <= 1.1 * one / 8, mesh
 
 
 def test_collectives_are_those_that_fsdp_and_crossbatch_call_for(devices):
@@ -211,5 +215,30 @@ def test_collectives_are_those_that_fsdp_and_crossbatch_call_for(devices):
     assert 0.9 * weights <= found["all-reduce"].nbytes <= 2 * weights
 
 
-def test_chips_have_peak_and_memory():
-    assert all(chip.flops > 1e14 and chip.nbytes >= 16e9 for chip in CHIPS.values())
+def test_a_step_is_compiled_and_reported(monkeypatch, devices):
+    # CPU devices in the place of descriptions of TPUs.
+    monkeypatch.setattr(forecast, "devices", lambda chips: devices)
+    config = toy.config(
+        **RUN, crossbatch__kind="blocks", crossbatch__packing=1, crossbatch__contexts=(2, 8), mesh__fsdp=4,
+        mesh__data=0, crossbatch__schedule="switch_step", crossbatch__execution="ring",
+    )  # fmt: skip
+    found = forecast.compiled(config, hardware("v5e:2x4"))
+    assert found.fits and found.argument_bytes > 0 and found.temporary_bytes > 0
+    assert found.peak_bytes >= found.argument_bytes
+    assert (found.attention, found.execution, found.contexts) == ("xla", "ring", 8)  # the most of the schedule
+    assert found.mesh == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    for text in ("v5e:2x4: 8 chips", "data 2, fsdp 4", "8 other windows, ring", "collective-permute"):
+        assert text in found.table()
+    report = json.loads(json.dumps(found.summary()))
+    assert report["fits"] and report["collectives"]["all-gather"]["nbytes"] > 0
+    monkeypatch.setitem(CHIPS, "v5e", CHIPS["v5e"]._replace(nbytes=found.peak_bytes - 1))
+    assert not found.fits and "DOES NOT FIT" in found.table()
+
+    def too_much(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 99G of 16G hbm.\n\nAnd so on")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", too_much)
+    with pytest.raises(
+        ValueError, match="the step does not fit v5e:2x4: RESOURCE_EXHAUSTED: .*Used 99G of 16G hbm.; w"
+    ):
+        forecast.compiled(config, hardware("v5e:2x4"))

@@ -15,7 +15,6 @@ from fot_jax.attention.kernels import NAMES, kernel
 from fot_jax.attention.partial import (
     Kernel,
     Keys,
-    Pair,
     Partial,
     Source,
     attend,
@@ -31,7 +30,6 @@ __all__ = [
     "Angles",
     "Kernel",
     "Keys",
-    "Pair",
     "Partial",
     "Source",
     "attend",

@@ -8,24 +8,30 @@ gradients.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from fot_jax.attention.partial import Kernel, Keys, Pair, Partial, merge, sources
+from fot_jax.attention.partial import Kernel, Keys, Partial
+
+try:  # not part of JAX's public interface
+    from jax._src.cudnn import fused_attention_stablehlo as calls
+except ImportError:
+    calls = None
 
 Array = jax.Array
 
 MULTIPLE = 8  # of numbers of a head; 100 are filled up with zeros to 104
-LARGEST_HEAD = 128  # on every GPU that has these kernels
-# Not part of JAX's public interface, so what it takes is looked at before it is relied on.
-_FORWARD = (
-    "query, key, value, bias, q_seqlen, kv_seqlen, q_offsets, kv_offsets, page_table_k, page_table_v, scale, seed, "
-    "dropout_rate, variadic_args, mask_type, layout, sliding_window_length, cudnn_version, return_residual"
+# What both calls begin with, and how forward and backward go on. Looked at before it is relied on.
+_ARGUMENTS = "query, key, value, bias, q_seqlen, kv_seqlen, q_offsets, kv_offsets, page_table_k, page_table_v, "
+_FORWARD = _ARGUMENTS + (
+    "scale, seed, dropout_rate, variadic_args, mask_type, layout, sliding_window_length, is_training"
+)
+_BACKWARD = _ARGUMENTS + (
+    "activation, fwd_output, grad_output, scale, seed, dropout_rate, variadic_args, mask_type, layout, "
+    "sliding_window_length"
 )
 
 
@@ -33,43 +39,30 @@ def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kerne
     """This kernel.
 
     Raises:
-        ValueError: a platform, head size or dtype that it is not made for.
+        ValueError: a platform, GPU, cuDNN, window, head size or dtype that it is not made for, or a JAX that calls
+            cuDNN with other arguments.
     """
     instead = "wanted attention 'xla'"
     if platform != "gpu":
         raise ValueError(f"cuDNN attention on a {platform}; it is for GPUs: {instead}, or 'splash' on a TPU")
     if dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(
-            f"cuDNN attention in {dtype}; it computes in bfloat16 and float16: {instead}, or another dtype"
-        )
-    if head_size > LARGEST_HEAD:
-        raise ValueError(f"cuDNN attention with heads of {head_size}; wanted at most {LARGEST_HEAD}, or {instead[7:]}")
+        raise ValueError(f"cuDNN attention in {dtype}; wanted bfloat16 or float16, or attention 'xla'")
     if length % 2:
-        raise ValueError(f"cuDNN attention over a window of {length} tokens; wanted an even number: {instead}")
-    if tuple(inspect.signature(cudnn._dot_product_attention_fwd).parameters) != tuple(_FORWARD.split(", ")):
-        raise ValueError(f"cuDNN attention of JAX {jax.__version__} takes other arguments than ours gives: {instead}")
-    return Kernel("cudnn", _forward, _backward)
-
-
-def _forward(q_BHTK: Array, own: Keys | None, others: Sequence[Keys], scale: float) -> Partial:
-    return merge(*(_read(q_BHTK, keys, causal, scale) for keys, causal in sources(own, others)))
-
-
-def _backward(
-    q_BHTK: Array,
-    own: Keys | None,
-    others: Sequence[Keys],
-    scale: float,
-    o_BHTK: Array,
-    lse_BHT: Array,
-    do_BHTK: Array,
-) -> tuple[Array, Pair | None, tuple[Pair, ...]]:
-    dq_BHTK, grads = jnp.zeros(q_BHTK.shape, jnp.float32), []
-    for keys, causal in sources(own, others):
-        dq, dk, dv = _gradients(q_BHTK, keys, causal, scale, o_BHTK, lse_BHT, do_BHTK)
-        dq_BHTK += dq.astype(jnp.float32)
-        grads.append((dk, dv))
-    return dq_BHTK, *((None, tuple(grads)) if own is None else (grads[0], tuple(grads[1:])))
+        raise ValueError(f"cuDNN attention over a window of {length} tokens; wanted an even number, or attention 'xla'")
+    for name, wanted in ("_dot_product_attention_fwd_impl", _FORWARD), ("_dot_product_attention_bwd_impl", _BACKWARD):
+        found = inspect.signature(getattr(calls, name)).parameters if hasattr(calls, name) else ()
+        if tuple(found) != tuple(wanted.split(", ")):
+            raise ValueError(f"cuDNN is called by JAX {jax.__version__} in another way than by ours; {instead}")
+    filled = head_size + -head_size % MULTIPLE
+    shapes = [jax.ShapeDtypeStruct((1, 1, length, filled), dtype)] * 3
+    try:
+        version = calls.check_cudnn_version()
+        if not calls.check_compute_capability("8.0"):
+            raise NotImplementedError("the GPU is older than compute capability 8.0")
+        calls.check_is_flash_attention(*shapes, calls.AttentionLayout.BNTH.value, version, True, True)
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"cuDNN attention with heads of {head_size}: {error}; {instead}") from error
+    return Kernel("cudnn", _read, _gradients)
 
 
 def _filled_up(x: Array) -> Array:
@@ -77,73 +70,40 @@ def _filled_up(x: Array) -> Array:
     return jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % MULTIPLE)])
 
 
-def _by_row(keys: Keys) -> Array | None:
-    """bool [B, 1], of rows that see all or nothing of a source, which of them do; None where it differs by key."""
-    if keys.kv_ids_BS is None or keys.kv_ids_BS.shape[1] > 1 or keys.q_ids_BT.shape[1] > 1:
-        return None
-    return keys.q_ids_BT == keys.kv_ids_BS
-
-
-def _bias(q_BHTK: Array, keys: Keys) -> Array | None:
-    """[B, 1, T, S] added to scores: a large negative number where a query does not see a key."""
-    if keys.kv_ids_BS is None or _by_row(keys) is not None:
-        return None
-    rows, S = keys.k_BGSK.shape[0], keys.k_BGSK.shape[2]
-    same = (keys.q_ids_BT[:, :, None] == keys.kv_ids_BS[:, None, :])[:, None]
-    same = jnp.broadcast_to(same, (rows, 1, q_BHTK.shape[2], S))
-    return jnp.where(same, jnp.zeros((), q_BHTK.dtype), cudnn.get_large_negative_number(q_BHTK.dtype))
-
-
-def _options(bias: Array | None, causal: bool, scale: float) -> dict[str, Any]:
-    return dict(
+def _arguments(q_BHTK: Array, keys: Keys, causal: bool, scale: float) -> tuple[list[Array], dict[str, Any]]:
+    """What both calls begin with, and their options; empty arrays stand for what is not used."""
+    nothing = jnp.zeros(0, q_BHTK.dtype)
+    given = [*map(_filled_up, (q_BHTK, *keys[:2])), nothing]
+    if masked := keys.kv_ids_BS is not None and keys.seen_by_row is None:
+        # Added to scores: a large negative number where a query does not see a key.
+        same = keys.q_ids_BT[:, None, :, None] == keys.kv_ids_BS[:, None, None, :]
+        same = jnp.broadcast_to(same, (q_BHTK.shape[0], 1, q_BHTK.shape[2], keys.k_BGSK.shape[2]))
+        given[3] = jnp.where(same, nothing.dtype.type(0), calls.get_large_negative_number(q_BHTK.dtype))
+    options = dict(
         scale=scale,
         seed=0,
         dropout_rate=0.0,
-        variadic_args=(bias is not None, False),
-        mask_type=cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK,
-        layout=cudnn.AttentionLayout.BNTH.value,
+        variadic_args=(masked, False),
+        mask_type=calls.MaskType.CAUSAL if causal else calls.MaskType.NO_MASK,
+        layout=calls.AttentionLayout.BNTH.value,
         sliding_window_length=None,
     )
-
-
-def _arrays(q_BHTK: Array, keys: Keys, bias: Array | None) -> list[Array]:
-    """What both kernels begin with; arrays of nothing stand for what is not used."""
-    nothing = jnp.zeros(0, q_BHTK.dtype)
-    given = [*map(_filled_up, (q_BHTK, keys.k_BGSK, keys.v_BGSK)), nothing if bias is None else bias]
-    return given + [nothing] * 6
+    return given + [nothing] * 6, options
 
 
 def _read(q_BHTK: Array, keys: Keys, causal: bool, scale: float) -> Partial:
-    """The partial over one source."""
-    B, _, _, K = q_BHTK.shape
-    before = [(B - keys.k_BGSK.shape[0], 0)]
-    q_BHTK = q_BHTK[before[0][0] :]
-    bias, by_row = _bias(q_BHTK, keys), _by_row(keys)
-    options = _options(bias, causal, scale)
-    arrays = _arrays(q_BHTK, keys, bias)
-    cudnn.check_is_flash_attention(*arrays[:3], options["layout"], cudnn.check_cudnn_version(), bias is not None, True)
-    o, lse = cudnn._dot_product_attention_fwd_p_wrapper.bind(*arrays, **options, is_training=True)
-    if by_row is not None:
-        lse = jnp.where(by_row[:, :, None], lse, -jnp.inf)
-    return Partial(
-        jnp.pad(o[..., :K].astype(jnp.float32), before + [(0, 0)] * 3),
-        jnp.pad(lse, before + [(0, 0)] * 2, constant_values=-jnp.inf),
-    )
+    arrays, options = _arguments(q_BHTK, keys, causal, scale)
+    o, lse = calls._dot_product_attention_fwd_p_wrapper.bind(*arrays, **options, is_training=True)
+    o = o[..., : q_BHTK.shape[3]].astype(jnp.float32)
+    return Partial(o, keys.hide(lse, -jnp.inf))
 
 
 def _gradients(
     q_BHTK: Array, keys: Keys, causal: bool, scale: float, o_BHTK: Array, lse_BHT: Array, do_BHTK: Array
 ) -> tuple[Array, Array, Array]:
-    """(dq, dk, dv) of one source from the merged output and log-sum-exp."""
-    B, _, _, K = q_BHTK.shape
-    before = B - keys.k_BGSK.shape[0]
-    q_BHTK, o_BHTK, lse_BHT, do_BHTK = (x[before:] for x in (q_BHTK, o_BHTK, lse_BHT, do_BHTK))
-    bias, by_row = _bias(q_BHTK, keys), _by_row(keys)
-    if by_row is not None:
-        lse_BHT = jnp.where(by_row[:, :, None], lse_BHT, jnp.finfo(jnp.float32).max)  # exp(s - max) = 0
-    merged = lse_BHT, *map(_filled_up, (o_BHTK.astype(q_BHTK.dtype), do_BHTK.astype(q_BHTK.dtype)))
-    grads = cudnn._dot_product_attention_bwd_p_wrapper.bind(
-        *_arrays(q_BHTK, keys, bias), *merged, **_options(bias, causal, scale)
-    )
-    dq, dk, dv = (x[..., :K] for x in grads)
-    return jnp.pad(dq, [(before, 0)] + [(0, 0)] * 3), dk, dv
+    arrays, options = _arguments(q_BHTK, keys, causal, scale)
+    lse_BHT = keys.hide(lse_BHT, float(jnp.finfo(jnp.float32).max))  # exp(s - max) = 0
+    merged = lse_BHT, *(_filled_up(x.astype(q_BHTK.dtype)) for x in (o_BHTK, do_BHTK))
+    grads = calls._dot_product_attention_bwd_p_wrapper.bind(*arrays, *merged, **options)
+    dq, dk, dv = (x[..., : q_BHTK.shape[3]] for x in grads)
+    return dq, dk, dv

@@ -16,7 +16,7 @@ class Partial(NamedTuple):
     """Attention over one source of keys.
 
     Attributes:
-        o_BHTK: float32, softmax-weighted values; zero where a query sees no key of the source.
+        o_BHTK: float32, softmax-weighted values; of `attend` and `merge` zero where a query sees no key of the source.
         lse_BHT: float32, log of the sum of exponentials of the scores; -inf where a query sees no key.
     """
 
@@ -25,12 +25,11 @@ class Partial(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Keys and values of one source, and who sees them.
+    """Keys and values of one source, and who sees them, by a mask.
 
     Attributes:
-        k_BGSK, v_BGSK: keys, rotated if they are to be, and values. Where they have fewer rows than the queries, only
-            the last so many rows of queries read them.
-        visible_BTS: bool, of those rows; axes of 1 serve all rows, queries or keys. None: all is seen.
+        k_BGSK, v_BGSK: keys, rotated if they are to be, and values.
+        visible_BTS: bool; axes of 1 serve all rows, queries or keys. None: all is seen.
     """
 
     k_BGSK: Array
@@ -39,7 +38,7 @@ class Source(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys and values of one source, and who sees them.
+    """Keys and values of one source, and who sees them, by numbers: what kernels take.
 
     Attributes:
         k_BGSK, v_BGSK: keys, rotated if they are to be, and values. Where they have fewer rows than the queries, only
@@ -53,29 +52,72 @@ class Keys(NamedTuple):
     q_ids_BT: Array | None = None
     kv_ids_BS: Array | None = None
 
+    @property
+    def seen_by_row(self) -> Array | None:
+        """bool [B, 1], where rows see all or nothing, which of them do; None where that differs by query or key."""
+        if self.kv_ids_BS is None or self.kv_ids_BS.shape[1] > 1 or self.q_ids_BT.shape[1] > 1:
+            return None
+        return self.q_ids_BT == self.kv_ids_BS
 
-Pair = tuple[Array, Array]
+    def hide(self, lse_BHT: Array, instead: float) -> Array:
+        """Log-sum-exp with `instead` in rows that see nothing: where `seen_by_row`, scores need no mask, sums do."""
+        seen = self.seen_by_row
+        return lse_BHT if seen is None else jnp.where(seen[:, :, None], lse_BHT, instead)
 
 
-def sources(own: Keys | None, others: Sequence[Keys]) -> list[tuple[Keys, bool]]:
+class Kernel(NamedTuple):
+    """One way to compute attention, on one device: of one source, and so of several in one softmax.
+
+    Attributes:
+        name: see `attention.kernel`.
+        read: (q_BHTK, keys, causal, scale) -> Partial: where `causal`, no query sees a later key; scores are multiplied
+            by scale. What a query that sees no key gets weighs nothing in a merge: its lse is -inf, or far below any.
+        gradients: (q_BHTK, keys, causal, scale, o_BHTK, lse_BHT, do_BHTK) -> (dq, dk, dv): of this source's part in a
+            softmax whose output and log-sum-exp are o and lse, given the gradient of o.
+    """
+
+    name: str
+    read: Callable[..., Partial]
+    gradients: Callable[..., tuple[Array, Array, Array]]
+
+    def forward(self, q_BHTK: Array, own: Keys | None, others: Sequence[Keys], scale: float) -> Partial:
+        """One softmax over `own`, causal, if it is not None, and over all `others`."""
+        B, partials = q_BHTK.shape[0], []
+        for keys, causal in _sources(own, others):
+            o, lse = self.read(q_BHTK[B - keys.k_BGSK.shape[0] :], keys, causal, scale)
+            partials.append(Partial(_of_last_rows(o, B, 0.0), _of_last_rows(lse, B, -jnp.inf)))
+        return merge(*partials)
+
+    def backward(
+        self,
+        q_BHTK: Array,
+        own: Keys | None,
+        others: Sequence[Keys],
+        scale: float,
+        o_BHTK: Array,
+        lse_BHT: Array,
+        do_BHTK: Array,
+    ) -> tuple[Array, list[tuple[Array, Array]]]:
+        """(dq_BHTK float32, (dk, dv) of every source, `own` first if there is one), of o and lse of the whole softmax,
+        which may range over more than these sources, and the gradient of o.
+        """
+        B, dq_BHTK, grads = q_BHTK.shape[0], jnp.zeros(q_BHTK.shape, jnp.float32), []
+        for keys, causal in _sources(own, others):
+            q, o, lse, do = (x[B - keys.k_BGSK.shape[0] :] for x in (q_BHTK, o_BHTK, lse_BHT, do_BHTK))
+            dq, *of_keys = self.gradients(q, keys, causal, scale, o, lse, do)
+            dq_BHTK += _of_last_rows(dq.astype(jnp.float32), B, 0.0)
+            grads.append(tuple(of_keys))
+        return dq_BHTK, grads
+
+
+def _sources(own: Keys | None, others: Sequence[Keys]) -> list[tuple[Keys, bool]]:
     """Every source, and whether it is causal."""
     return ([] if own is None else [(own, True)]) + [(keys, False) for keys in others]
 
 
-class Kernel(NamedTuple):
-    """One way to compute attention, on one device.
-
-    Attributes:
-        name: see `kernel`.
-        forward: (q_BHTK, own, others, scale) -> Partial: one softmax over `own`, of which no query sees a later key, if
-            it is not None, and over all `others`. Scores are multiplied by scale.
-        backward: (q_BHTK, own, others, scale, o_BHTK, lse_BHT, do_BHTK) -> (dq_BHTK float32, (dk, dv) of own or None,
-            ((dk, dv) of each of the others)), of o and lse of the whole softmax and the gradient of o.
-    """
-
-    name: str
-    forward: Callable[..., Partial]
-    backward: Callable[..., tuple[Array, Pair | None, tuple[Pair, ...]]]
+def _of_last_rows(x: Array, rows: int, others: float) -> Array:
+    """`x`, of the last of `rows` rows, with `others` in those before."""
+    return jnp.pad(x, [(rows - x.shape[0], 0)] + [(0, 0)] * (x.ndim - 1), constant_values=others)
 
 
 def causal_mask(length: int) -> Array:

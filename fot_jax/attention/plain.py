@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fot_jax.attention.partial import (
-    Kernel,
-    Keys,
-    Pair,
-    Partial,
-    Source,
-    attend,
-    grouped,
-    made,
-    merge,
-    product,
-    sources,
-)
+from fot_jax.attention.partial import Kernel, Keys, Partial, Source, attend, grouped, made, product
 
 Array = jax.Array
 
@@ -55,98 +42,72 @@ def _split_scale(scale: float) -> tuple[float, float]:
 
 
 class _Part(NamedTuple):
-    """Queries, as slices of rows and time, and the keys they can see."""
+    """Queries, as a slice of time, and the keys they can see."""
 
-    rows: slice
     time: slice
     source: Source
 
     def of(self, x: Array) -> Array:
         """The part's queries, or what belongs to them, of an array [B, H, T, ...]."""
-        return x[self.rows, :, self.time]
+        return x[:, :, self.time]
 
 
-def _parts(keys: Keys, q_BHTK: Array, causal: bool) -> list[_Part]:
-    """A source for the rows that read it; of a causal triangle, the first quarter of the queries needs only the first
-    quarter of the keys, and so on: 5/8 of the square are computed. Short windows are halved, or left whole.
+def _parts(keys: Keys, length: int, causal: bool) -> list[_Part]:
+    """Of a causal triangle, the first quarter of the queries needs only the first quarter of the keys, and so on: 5/8
+    of the square are computed. Short windows are halved, or left whole.
     """
-    B, _, T, _ = q_BHTK.shape
-    rows, visible_BTS = slice(B - keys.k_BGSK.shape[0], B), _visible(keys, T, causal)
-    n = 4 if T >= 128 else 2 if T >= 32 else 1  # smaller pieces cost more operations than they save work
+    visible_BTS = _visible(keys, length, causal)
+    n = 4 if length >= 128 else 2 if length >= 32 else 1  # smaller pieces cost more operations than they save work
     if not causal or n == 1:
-        return [_Part(rows, slice(0, T), Source(keys.k_BGSK, keys.v_BGSK, visible_BTS))]
+        return [_Part(slice(0, length), Source(keys.k_BGSK, keys.v_BGSK, visible_BTS))]
     parts = []
-    for time in (slice(T * i // n, T * (i + 1) // n) for i in range(n)):
+    for time in (slice(length * i // n, length * (i + 1) // n) for i in range(n)):
         k, v = (x[:, :, : time.stop] for x in keys[:2])
-        parts.append(_Part(rows, time, Source(k, v, visible_BTS[:, time, : time.stop])))
+        parts.append(_Part(time, Source(k, v, visible_BTS[:, time, : time.stop])))
     return parts
 
 
 def _visible(keys: Keys, length: int, causal: bool) -> Array | None:
-    """bool [B, T, S] or with axes of 1, which keys a query sees; None: all."""
+    """bool [B, T, S] or with axes of 1, which keys a query sees; None: all, or all or nothing."""
     before = jnp.asarray(np.tri(length, dtype=bool)[None]) if causal else None
-    if keys.kv_ids_BS is None:
+    if keys.kv_ids_BS is None or keys.seen_by_row is not None:
         return before
     same = keys.q_ids_BT[:, :, None] == keys.kv_ids_BS[:, None, :]
     return same if before is None else before & same
 
 
-def _by_row(source: Source) -> bool:
-    """Whether a row sees all or nothing of a source; then scores need no mask, only sums do."""
-    return source.visible_BTS is not None and source.visible_BTS.shape[1:] == (1, 1)
-
-
-def _of_last_rows(x: Array, rows: int, others: float) -> Array:
-    """`x`, of the last of `rows` rows, with `others` in those before."""
-    return jnp.pad(x, [(rows - x.shape[0], 0)] + [(0, 0)] * (x.ndim - 1), constant_values=others)
-
-
-def _forward(q_BHTK: Array, own: Keys | None, others: Sequence[Keys], scale: float) -> Partial:
-    B = q_BHTK.shape[0]
+def _read(q_BHTK: Array, keys: Keys, causal: bool, scale: float) -> Partial:
     power, rest = _split_scale(scale)
-    scaled_BHTK, partials = q_BHTK * power, []
-    for keys, causal in sources(own, others):
-        pieces = []
-        for part in _parts(keys, scaled_BHTK, causal):
-            k, v, visible_BTS = part.source
-            partial = attend(part.of(scaled_BHTK), k, v, None if _by_row(part.source) else visible_BTS, scale=rest)
-            if _by_row(part.source):
-                partial = partial._replace(lse_BHT=jnp.where(visible_BTS, partial.lse_BHT, -jnp.inf))
-            pieces.append(partial)
-        o, lse = (jnp.concatenate(x, axis=2) for x in zip(*pieces, strict=True))
-        partials.append(Partial(_of_last_rows(o, B, 0.0), _of_last_rows(lse, B, -jnp.inf)))
-    return merge(*partials)
+    scaled_BHTK = q_BHTK * power
+    partials = [
+        attend(part.of(scaled_BHTK), *part.source, scale=rest) for part in _parts(keys, q_BHTK.shape[2], causal)
+    ]
+    o, lse = (jnp.concatenate(x, axis=2) for x in zip(*partials, strict=True))
+    return Partial(o, keys.hide(lse, -jnp.inf))
 
 
-def _backward(
-    q_BHTK: Array,
-    own: Keys | None,
-    others: Sequence[Keys],
-    scale: float,
-    o_BHTK: Array,
-    lse_BHT: Array,
-    do_BHTK: Array,
-) -> tuple[Array, Pair | None, tuple[Pair, ...]]:
+def _gradients(
+    q_BHTK: Array, keys: Keys, causal: bool, scale: float, o_BHTK: Array, lse_BHT: Array, do_BHTK: Array
+) -> tuple[Array, Array, Array]:
     power, rest = _split_scale(scale)
     scaled_BHTK = _once_known(q_BHTK, do_BHTK) * power
-    B = q_BHTK.shape[0]
     # With o = sum p v, dp = do v and ds = p (dp - sum p dp) = p (dp - do o).
     delta_BHT = jnp.sum(do_BHTK.astype(jnp.float32) * o_BHTK.astype(jnp.float32), axis=-1)
-    dq_BHTK, grads = jnp.zeros(q_BHTK.shape, jnp.float32), []
-    for keys, causal in sources(own, others):
-        dqs, dk, dv = [], 0.0, 0.0
-        for part in _parts(keys, scaled_BHTK, causal):
-            dq, *dkv = _source_backward(part.source, *map(part.of, (scaled_BHTK, lse_BHT, delta_BHT, do_BHTK)), rest)
-            later = keys.k_BGSK.shape[2] - part.source.k_BGSK.shape[2]
-            wide = [jnp.pad(x, ((0, 0), (0, 0), (0, later), (0, 0))) if later else x for x in dkv]
-            dqs, dk, dv = [*dqs, dq], dk + wide[0], dv + wide[1]
-        dq_BHTK += _of_last_rows(jnp.concatenate(dqs, axis=2), B, 0.0)
-        grads.append((dk, dv))
-    return dq_BHTK * power, *((None, tuple(grads)) if own is None else (grads[0], tuple(grads[1:])))
+    lse_BHT = keys.hide(lse_BHT, jnp.inf)  # exp(s - inf) = 0
+    dqs, dk, dv = [], 0.0, 0.0
+    for part in _parts(keys, q_BHTK.shape[2], causal):
+        arrays = map(part.of, (scaled_BHTK, lse_BHT, delta_BHT, do_BHTK))
+        dq, *of_keys = _part_gradients(part.source, *arrays, rest)
+        later = keys.k_BGSK.shape[2] - part.source.k_BGSK.shape[2]
+        wide = [jnp.pad(x, ((0, 0), (0, 0), (0, later), (0, 0))) if later else x for x in of_keys]
+        dqs, dk, dv = [*dqs, dq], dk + wide[0], dv + wide[1]
+    return jnp.concatenate(dqs, axis=2) * power, dk, dv
 
 
-def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
-    """(dq, dk, dv) of one source, float32, from the merged log-sum-exp and delta = do . o.
+def _part_gradients(
+    source: Source, q_BHTK: Array, lse_BHT: Array, delta_BHT: Array, do_BHTK: Array, scale: float
+) -> tuple[Array, Array, Array]:
+    """(dq, dk, dv), float32, from the merged log-sum-exp and delta = do . o.
 
     Scores are [S, Q] here: every product but that for dq then reads its operands as they lie; that one takes keys
     turned, which are smaller than scores.
@@ -154,9 +115,6 @@ def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
     k, v, visible_BTS = source
     G, dtype = k.shape[1], q_BHTK.dtype
     q, do = grouped(q_BHTK, G), grouped(do_BHTK, G)
-    if _by_row(source):
-        lse_BHT = jnp.where(visible_BTS, lse_BHT, jnp.inf)  # exp(s - inf) = 0
-        visible_BTS = None
     lse, delta = (x.reshape(*q.shape[:2], 1, q.shape[2]) for x in (lse_BHT, delta_BHT))
     s_BGSQ = product("bgsk,bgqk->bgsq", k, q) * scale
     if visible_BTS is not None:
@@ -173,4 +131,4 @@ def _source_backward(source, q_BHTK, lse_BHT, delta_BHT, do_BHTK, scale):
 
 def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kernel:
     """This kernel, which computes anything anywhere."""
-    return Kernel("xla", _forward, _backward)
+    return Kernel("xla", _read, _gradients)

@@ -68,6 +68,10 @@ class _How(NamedTuple):
     together: int
     axes: tuple[str, ...]
 
+    @property
+    def ring(self) -> bool:
+        return not self.together and self.plan.n_contexts > 0
+
 
 def crossbatch_attention(
     plan: Plan,
@@ -92,9 +96,10 @@ def crossbatch_attention(
             seen by nobody. None: one segment, no padding.
         scale: what scores are multiplied by.
         kernel: what computes; see `attention.kernel`.
-        execution: how contexts come to the rows that read them: "concatenate", all at once; "ring", one after another,
-            each passed on from row to row, so that however many there are a device holds one; "auto", whichever holds
-            less, and on a CPU the ring where contexts are many.
+        execution: how contexts come to the rows that read them: "concatenate", all at once, and read as one source (on
+            a CPU as sources of about 256 keys); "ring", one after another, each passed on from row to row, so that
+            however many there are a device holds one; "auto", whichever holds less, and on a CPU the ring where
+            contexts are many.
 
     Returns:
         [B, H, T, K] in the queries' dtype.
@@ -107,7 +112,7 @@ def crossbatch_attention(
     if B != plan.rows:
         raise ValueError(f"batch has {B} rows; the crossbatch plan is for {plan.rows}")
     ways = sharding.ways("batch")
-    if plan.blocks > 1 and plan.shards % ways:
+    if plan.blocks > 1 and plan.shards != ways:
         raise ValueError(
             f"rows are split over {ways} devices, and the plan's {plan.blocks} blocks of them are dealt to "
             f"{plan.shards}; wanted plan.dealt({ways}), with rows in its order"
@@ -158,69 +163,47 @@ def _attend_backward(how, saved, do_BHTK):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(how: _How, *arrays: Array | None) -> tuple[Array, Array]:
+def _forward(how: _How, q: Array, k_own: Array, *contexts: Array | None) -> tuple[Array, Array]:
     """(o in the queries' dtype, lse) of the rows of one device."""
-    q, k_own, k, v, segments, visible = (*(_block_major(how, x) for x in arrays[:5]), arrays[5])
+    _, v, segments, _ = contexts
     own = attention.Keys(k_own, v, segments, segments)
-    if how.together or not how.plan.n_contexts:
-        groups = [keys for keys, _ in _groups(how, k, v, segments, visible)]
-        partial = how.kernel.forward(q, own, groups, how.scale)
-    else:
+    if how.ring:
         partial = how.kernel.forward(q, own, (), how.scale)
-        rows = _blocks(how, q)[-1].shape[0]
-        far = _ring_forward(how, q[-rows:], k, v, segments, visible)
+        rows = q.shape[0] // how.plan.blocks
+        far = _ring_forward(how, q[-rows:], *contexts)
         reading = attention.merge(attention.Partial(*(x[-rows:] for x in partial)), far)
         partial = attention.Partial(*(jnp.concatenate([x[:-rows], y]) for x, y in zip(partial, reading, strict=True)))
-    return _dealt(how, partial.o_BHTK.astype(q.dtype)), _dealt(how, partial.lse_BHT)
-
-
-def _backward(how: _How, *arrays: Array | None) -> tuple[Array, Array, Array, Array]:
-    """Gradients of the first four arrays, of the rows of one device."""
-    *arrays, o, lse, do = arrays
-    q, k_own, k, v, segments, visible = (*(_block_major(how, x) for x in arrays[:5]), arrays[5])
-    merged = tuple(_block_major(how, x) for x in (o, lse, do))
-    own = attention.Keys(k_own, v, segments, segments)
-    home = [[jnp.zeros(x.shape, jnp.float32) for x in _blocks(how, y)] for y in (k, v)]
-    if how.together or not how.plan.n_contexts:
-        groups = list(_groups(how, k, v, segments, visible))
-        dq, d_own, d_groups = how.kernel.backward(q, own, [keys for keys, _ in groups], how.scale, *merged)
-        _send_home(how, [count for _, count in groups], d_groups, home)
     else:
-        dq, d_own, _ = how.kernel.backward(q, own, (), how.scale, *merged)
-        rows = home[0][0].shape[0]
-        far, home = _ring_backward(how, q[-rows:], k, v, segments, visible, *(x[-rows:] for x in merged))
+        groups = [keys for keys, _ in _groups(how, *contexts)]
+        partial = how.kernel.forward(q, own, groups, how.scale)
+    return partial.o_BHTK.astype(q.dtype), partial.lse_BHT
+
+
+def _backward(how: _How, q: Array, k_own: Array, *arrays: Array | None) -> tuple[Array, Array, Array, Array]:
+    """Gradients of queries, own keys, keys and values, of the rows of one device."""
+    contexts, merged = arrays[:4], arrays[4:]
+    k, v, segments, _ = contexts
+    own = attention.Keys(k_own, v, segments, segments)
+    if how.ring:
+        dq, [(dk_own, dv_own)] = how.kernel.backward(q, own, (), how.scale, *merged)
+        rows = q.shape[0] // how.plan.blocks
+        far, home = _ring_backward(how, q[-rows:], *contexts, *(x[-rows:] for x in merged))
         dq = jnp.concatenate([dq[:-rows], dq[-rows:] + far])
+    else:
+        groups = list(_groups(how, *contexts))
+        dq, [(dk_own, dv_own), *grads] = how.kernel.backward(q, own, [keys for keys, _ in groups], how.scale, *merged)
+        home = _sent_home(how, [count for _, count in groups], grads, k, v)
     dk, dv = (jnp.concatenate(blocks) for blocks in home)
-    grads = zip((dq, d_own[0], dk, dv + d_own[1]), (q, k_own, k, v), strict=True)
-    return tuple(_dealt(how, grad.astype(x.dtype)) for grad, x in grads)
-
-
-# ------------------------------------------------------------------------------------------- rows of a device, blocks
-
-
-def _shards(how: _How) -> int:
-    """How many of the plan's shards a device has."""
-    return how.plan.shards // sharding.size(how.axes) if how.plan.blocks > 1 else 1
-
-
-def _block_major(how: _How, x: Array | None) -> Array | None:
-    """A device's rows, block after block."""
-    shards = _shards(how)
-    if x is None or shards == 1:
-        return x
-    return jnp.swapaxes(x.reshape(shards, how.plan.blocks, -1, *x.shape[1:]), 0, 1).reshape(x.shape)
-
-
-def _dealt(how: _How, x: Array) -> Array:
-    """The other way."""
-    shards = _shards(how)
-    if shards == 1:
-        return x
-    return jnp.swapaxes(x.reshape(how.plan.blocks, shards, -1, *x.shape[1:]), 0, 1).reshape(x.shape)
+    return dq.astype(q.dtype), dk_own.astype(k.dtype), dk.astype(k.dtype), (dv + dv_own).astype(v.dtype)
 
 
 def _blocks(how: _How, x: Array) -> list[Array]:
     return jnp.split(x, how.plan.blocks, axis=0)
+
+
+def _nothing(how: _How, *arrays: Array) -> list[list[Array]]:
+    """Of each array, gradients of its blocks before any is known."""
+    return [[jnp.zeros(x.shape, jnp.float32) for x in _blocks(how, y)] for y in arrays]
 
 
 # --------------------------------------------------------------------------------------------------- all together
@@ -281,9 +264,11 @@ def _ids(visible: Array | None, segments: Array | None = None) -> Array | None:
     return written if visible is None else visible if written is None else visible * written
 
 
-def _send_home(how: _How, counts: list[int], grads: Sequence[attention.Pair], home: list[list[Array]]) -> None:
-    """Adds the gradients of contexts to `home`, those of the blocks that they are, rolled back the way they came."""
-    plan, hops = how.plan, _hops(how.plan)
+def _sent_home(
+    how: _How, counts: Sequence[int], grads: Sequence[tuple[Array, Array]], k: Array, v: Array
+) -> list[list[Array]]:
+    """Gradients of the blocks of keys and of values, from those of the contexts, rolled back the way they came."""
+    plan, hops, home = how.plan, _hops(how.plan), _nothing(how, k, v)
     rows = home[0][0].shape[0]
     each = []
     for count, pair in zip(counts, grads, strict=True):
@@ -298,6 +283,7 @@ def _send_home(how: _How, counts: list[int], grads: Sequence[attention.Pair], ho
             for blocks, x in zip(home, far, strict=True):
                 blocks[block] += x
             far = None
+    return home
 
 
 # ------------------------------------------------------------------------------------------------------------- ring
@@ -379,7 +365,7 @@ def _ring_backward(
     with it, and then home.
     """
     dq = jnp.zeros(q.shape, jnp.float32)
-    home = [[jnp.zeros(x.shape, jnp.float32) for x in _blocks(how, y)] for y in (k, v)]
+    home = _nothing(how, k, v)
     for run in _runs(how.plan):
 
         def read(carry: tuple, seen: Array | None, run=run) -> tuple[tuple, None]:
@@ -387,7 +373,7 @@ def _ring_backward(
             passed_on = [sharding.roll_rows(x, run.by, how.axes) for x in arrays]
             grads = [sharding.roll_rows(x, run.by, how.axes) for x in grads]
             sources = (_context(arrays, seen),)
-            dq_here, _, (here,) = how.kernel.backward(q, None, sources, how.scale, o, lse, do)
+            dq_here, [here] = how.kernel.backward(q, None, sources, how.scale, o, lse, do)
             grads = [x + y.astype(jnp.float32) for x, y in zip(grads, here, strict=True)]
             return (dq + dq_here, passed_on, grads), None
 
