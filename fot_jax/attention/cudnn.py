@@ -7,6 +7,7 @@ gradients.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -24,15 +25,25 @@ except ImportError:
 Array = jax.Array
 
 MULTIPLE = 8  # of numbers of a head; 100 are filled up with zeros to 104
-# What both calls begin with, and how forward and backward go on. Looked at before it is relied on.
-_ARGUMENTS = "query, key, value, bias, q_seqlen, kv_seqlen, q_offsets, kv_offsets, page_table_k, page_table_v, "
-_FORWARD = _ARGUMENTS + (
-    "scale, seed, dropout_rate, variadic_args, mask_type, layout, sliding_window_length, is_training"
-)
-_BACKWARD = _ARGUMENTS + (
-    "activation, fwd_output, grad_output, scale, seed, dropout_rate, variadic_args, mask_type, layout, "
-    "sliding_window_length"
-)
+_BEFORE = tuple("query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v".split())
+_OPTIONS = ("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout", "sliding_window_length")
+
+
+def _calls_take() -> dict[str, Any] | None:
+    """What JAX's two calls take besides what ours give, looked at before it is relied on: nothing, or, in later
+    versions, a function of scores. None: they take something else.
+    """
+    names = "_dot_product_attention_fwd_impl", "_dot_product_attention_bwd_impl"
+    found = [
+        tuple(inspect.signature(getattr(calls, name)).parameters) if hasattr(calls, name) else () for name in names
+    ]
+    merged = "activation", "fwd_output", "grad_output"
+    for scored, of_scores in ((), {}), (("score_mod",), {"score_mod": None}):
+        arguments = tuple(f"{name}_args" for name in scored)
+        forward = (*_BEFORE, *arguments, *_OPTIONS, *scored, "is_training")
+        if found == [forward, (*_BEFORE, *merged, *arguments, *_OPTIONS, *scored)]:
+            return of_scores
+    return None
 
 
 def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kernel:
@@ -49,10 +60,8 @@ def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kerne
         raise ValueError(f"cuDNN attention in {dtype}; wanted bfloat16 or float16, or attention 'xla'")
     if length % 2:
         raise ValueError(f"cuDNN attention over a window of {length} tokens; wanted an even number, or attention 'xla'")
-    for name, wanted in ("_dot_product_attention_fwd_impl", _FORWARD), ("_dot_product_attention_bwd_impl", _BACKWARD):
-        found = inspect.signature(getattr(calls, name)).parameters if hasattr(calls, name) else ()
-        if tuple(found) != tuple(wanted.split(", ")):
-            raise ValueError(f"cuDNN is called by JAX {jax.__version__} in another way than by ours; {instead}")
+    if (more := _calls_take()) is None:
+        raise ValueError(f"cuDNN is called by JAX {jax.__version__} in another way than by ours; {instead}")
     filled = head_size + -head_size % MULTIPLE
     shapes = [jax.ShapeDtypeStruct((1, 1, length, filled), dtype)] * 3
     try:
@@ -62,7 +71,7 @@ def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kerne
         calls.check_is_flash_attention(*shapes, calls.AttentionLayout.BNTH.value, version, True, True)
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(f"cuDNN attention with heads of {head_size}: {error}; {instead}") from error
-    return Kernel("cudnn", _read, _gradients)
+    return Kernel("cudnn", functools.partial(_read, more), functools.partial(_gradients, more))
 
 
 def _filled_up(x: Array) -> Array:
@@ -91,19 +100,26 @@ def _arguments(q_BHTK: Array, keys: Keys, causal: bool, scale: float) -> tuple[l
     return given + [nothing] * 6, options
 
 
-def _read(q_BHTK: Array, keys: Keys, causal: bool, scale: float) -> Partial:
+def _read(more: dict[str, Any], q_BHTK: Array, keys: Keys, causal: bool, scale: float) -> Partial:
     arrays, options = _arguments(q_BHTK, keys, causal, scale)
-    o, lse = calls._dot_product_attention_fwd_p_wrapper.bind(*arrays, **options, is_training=True)
+    o, lse = calls._dot_product_attention_fwd_p_wrapper.bind(*arrays, **options, **more, is_training=True)
     o = o[..., : q_BHTK.shape[3]].astype(jnp.float32)
     return Partial(o, keys.hide(lse, -jnp.inf))
 
 
 def _gradients(
-    q_BHTK: Array, keys: Keys, causal: bool, scale: float, o_BHTK: Array, lse_BHT: Array, do_BHTK: Array
+    more: dict[str, Any],
+    q_BHTK: Array,
+    keys: Keys,
+    causal: bool,
+    scale: float,
+    o_BHTK: Array,
+    lse_BHT: Array,
+    do_BHTK: Array,
 ) -> tuple[Array, Array, Array]:
     arrays, options = _arguments(q_BHTK, keys, causal, scale)
     lse_BHT = keys.hide(lse_BHT, float(jnp.finfo(jnp.float32).max))  # exp(s - max) = 0
     merged = lse_BHT, *(_filled_up(x.astype(q_BHTK.dtype)) for x in (o_BHTK, do_BHTK))
-    grads = calls._dot_product_attention_bwd_p_wrapper.bind(*arrays, *merged, **options)
+    grads = calls._dot_product_attention_bwd_p_wrapper.bind(*arrays, *merged, **options, **more)
     dq, dk, dv = (x[..., : q_BHTK.shape[3]] for x in grads)
     return dq, dk, dv
