@@ -209,13 +209,13 @@ def _nothing(how: _How, *arrays: Array) -> list[list[Array]]:
 # --------------------------------------------------------------------------------------------------- all together
 
 
-def _hops(plan: Plan) -> list[tuple[int | None, int]]:
-    """For each context, how it is reached: (block, rows to roll that block by), or from the context before (None, rows
-    to roll it by).
+def _hops(how: _How) -> list[tuple[int | None, int]]:
+    """For each context, how it is reached: (block, rows to roll that block by); or, where devices share the rows and
+    few are to be sent, from the context before (None, rows to roll it by).
     """
     hops, before = [], None
-    for source, offset in zip(plan.sources, plan.offsets, strict=True):
-        near = before is not None and before[0] == source
+    for source, offset in zip(how.plan.sources, how.plan.offsets, strict=True):
+        near = how.axes and before is not None and before[0] == source
         hops.append((None, offset - before[1]) if near else (source, offset))
         before = source, offset
     return hops
@@ -230,7 +230,7 @@ def _groups(
     plan, now, gathered = how.plan, None, []
     arrays = [x for x in (k, v, segments) if x is not None]
     seen_RC = plan.visible[plan.order >= plan.rows - plan.block_rows]
-    for c, (block, by) in enumerate(_hops(plan)):
+    for c, (block, by) in enumerate(_hops(how)):
         start = now if block is None else [_blocks(how, x)[block] for x in arrays]
         now = [sharding.roll_rows(x, by, how.axes) for x in start]
         gathered.append(now)
@@ -268,7 +268,7 @@ def _sent_home(
     how: _How, counts: Sequence[int], grads: Sequence[tuple[Array, Array]], k: Array, v: Array
 ) -> list[list[Array]]:
     """Gradients of the blocks of keys and of values, from those of the contexts, rolled back the way they came."""
-    plan, hops, home = how.plan, _hops(how.plan), _nothing(how, k, v)
+    plan, hops, home = how.plan, _hops(how), _nothing(how, k, v)
     rows = home[0][0].shape[0]
     each = []
     for count, pair in zip(counts, grads, strict=True):
