@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from fot_jax import attention, crossbatch, hlo, model, run_config, sharding, training
 from fot_jax.config import ModelConfig
 from fot_jax.hardware import Hardware
+from fot_jax.host import row
 from fot_jax.metrics import flops_per_token
 
 
@@ -120,7 +121,7 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
         "optimizer state": held(state.opt_state, places.opt_state),
         # Of microbatches the sum so far, and those of one.
         "gradients": params * (2 if config.batch.accumulate > 1 else 1),
-        **_activations(config, model_config, mesh.shape, plans),
+        **_activations(config, model_config, mesh.shape),
     }
     flops = max(flops_per_token(model_config, plan, length) for plan in plans)
     return Arithmetic(
@@ -159,7 +160,7 @@ def _plans(config: ConfigDict) -> list[Any]:
     return [run_config.make_plan(config, contexts) for contexts in config.crossbatch.contexts]
 
 
-def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int], plans: list[Any]) -> dict[str, int]:
+def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int]) -> dict[str, int]:
     """Bytes on a chip of what a step computes."""
     ways, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
     tokens = config.batch.rows // config.batch.accumulate * run_config.batch_length(config, c) // ways
@@ -322,4 +323,4 @@ def _gb(nbytes: int) -> str:
 
 def _table(rows: dict[str, str]) -> str:
     width = max(map(len, rows))
-    return "\n".join(f"{name:{width}s}  {value}" for name, value in rows.items())
+    return "\n".join(row(name, value, width + 1) for name, value in rows.items())

@@ -10,9 +10,9 @@ def printable(value: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
-def row(name: str, value: object) -> str:
+def row(name: str, value: object, width: int = 14) -> str:
     """A line of a table of names and values."""
-    return f"{name:14s} {printable(value)}"
+    return f"{name:{width}s} {printable(value)}"
 
 
 def one_line(error: BaseException) -> str:

@@ -164,8 +164,7 @@ def axes(logical: str) -> tuple[str, ...]:
 
 def ways(logical: str) -> int:
     """How many ways the mesh of `jax.set_mesh` splits a logical axis; 1 without a mesh."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes(logical))
+    return size(axes(logical))
 
 
 def size(mesh_axes: tuple[str, ...]) -> int:

@@ -38,11 +38,11 @@ def _calls_take() -> dict[str, Any] | None:
         tuple(inspect.signature(getattr(calls, name)).parameters) if hasattr(calls, name) else () for name in names
     ]
     merged = "activation", "fwd_output", "grad_output"
-    for scored, of_scores in ((), {}), (("score_mod",), {"score_mod": None}):
-        arguments = tuple(f"{name}_args" for name in scored)
-        forward = (*_BEFORE, *arguments, *_OPTIONS, *scored, "is_training")
-        if found == [forward, (*_BEFORE, *merged, *arguments, *_OPTIONS, *scored)]:
-            return of_scores
+    for more in {}, {"score_mod": None}:
+        arguments = [f"{name}_args" for name in more]
+        forward = (*_BEFORE, *arguments, *_OPTIONS, *more, "is_training")
+        if found == [forward, (*_BEFORE, *merged, *arguments, *_OPTIONS, *more)]:
+            return more
     return None
 
 

@@ -57,6 +57,11 @@ class Plan:
         return np.arange(self.rows).reshape(self.blocks, self.shards, -1).swapaxes(0, 1).reshape(-1)
 
     @property
+    def readers(self) -> np.ndarray:
+        """bool [B], the rows that read contexts: those of the last block."""
+        return self.order >= self.rows - self.block_rows
+
+    @property
     def visible(self) -> np.ndarray:
         """bool [B, C], which contexts a row sees."""
         return self._context_rows()[self.order] >= 0
@@ -178,4 +183,4 @@ def block_plan(rows: int, contexts: int, windows: int = 1) -> Plan:
 
 def loss_rows(plan: Plan, loss_on_previous: bool) -> np.ndarray:
     """bool [B], the rows whose predictions count: all, or those of the last block only."""
-    return np.full(plan.rows, True) if loss_on_previous else plan.order >= plan.rows - plan.block_rows
+    return np.full(plan.rows, True) if loss_on_previous else plan.readers

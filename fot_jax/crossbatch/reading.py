@@ -125,13 +125,12 @@ def crossbatch_attention(
         together(plan, T, execution),
         sharding.axes("batch"),
     )
-    readers = plan.visible[plan.order >= plan.rows - plan.block_rows]
-    visible_RC = None if readers.all() else jnp.asarray(readers, jnp.int32)
+    seen_RC = plan.visible[plan.readers]
+    visible_RC = None if seen_RC.all() else jnp.asarray(seen_RC, jnp.int32)
     return _attend(how, rotated(q_BHTK), rotated(k_BGTK), k_BGTK, v_BGTK, segment_ids_BT, visible_RC)
 
 
 # q_BHTK and k_BGTK as local attention has them, k_BGTK and v_BGTK as contexts have them, segments_BT, visible_RC.
-
 _HEADS, _KV_HEADS = ("batch", "heads", None, None), ("batch", "kv_heads", None, None)
 _ARRAYS = (_HEADS, _KV_HEADS, _KV_HEADS, _KV_HEADS, ("batch", None), ("batch", None))
 _LSE = ("batch", "heads", None)
@@ -229,7 +228,7 @@ def _groups(
     """
     plan, now, gathered = how.plan, None, []
     arrays = [x for x in (k, v, segments) if x is not None]
-    seen_RC = plan.visible[plan.order >= plan.rows - plan.block_rows]
+    seen_RC = plan.visible[plan.readers]
     for c, (block, by) in enumerate(_hops(how)):
         start = now if block is None else [_blocks(how, x)[block] for x in arrays]
         now = [sharding.roll_rows(x, by, how.axes) for x in start]
@@ -244,18 +243,18 @@ def _groups(
             for i, here in zip(range(some.start, some.stop), gathered, strict=True)
         ]
         k_now, v_now = (jnp.concatenate([here[x][first:] for here in gathered], axis=2) for x in (0, 1))
-        if ids[0] is None:
-            yield attention.Keys(k_now, v_now), len(gathered)
-        else:
+        numbers = None
+        if ids[0] is not None:
             if len(ids) > 1:  # of a single context a row may see all or nothing; of several, each key has a number
                 ids = [jnp.broadcast_to(x, (x.shape[0], k.shape[2])) for x in ids]
-            yield attention.Keys(k_now, v_now, _reader(), jnp.concatenate(ids, axis=1)[first:]), len(gathered)
+            numbers = jnp.concatenate(ids, axis=1)[first:]
+        yield _read_by_all(k_now, v_now, numbers), len(gathered)
         gathered = []
 
 
-def _reader() -> Array:
-    """The number of every query that reads contexts: it sees the keys of number 1."""
-    return jnp.ones((1, 1), jnp.int32)
+def _read_by_all(k: Array, v: Array, ids: Array | None) -> attention.Keys:
+    """Keys that every query reads, or those of number 1."""
+    return attention.Keys(k, v) if ids is None else attention.Keys(k, v, jnp.ones((1, 1), jnp.int32), ids)
 
 
 def _ids(visible: Array | None, segments: Array | None = None) -> Array | None:
@@ -323,8 +322,7 @@ def _setting_out(how: _How, run: _Run, *arrays: Array | None) -> list[Array]:
 def _context(arrays: Sequence[Array], visible: Array | None) -> attention.Keys:
     """What rows read of a context that has arrived."""
     k, v, *segments = arrays
-    ids = _ids(None if visible is None else visible[:, None], *segments)
-    return attention.Keys(k, v) if ids is None else attention.Keys(k, v, _reader(), ids)
+    return _read_by_all(k, v, _ids(None if visible is None else visible[:, None], *segments))
 
 
 def _seen_of(run: _Run, visible: Array | None) -> Array | None:
