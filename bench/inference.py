@@ -3,19 +3,22 @@ of reading weights, keys and values once.
 
     python bench/inference.py                        # 6 layers of width 256, window 512, one row; about 3 minutes
     python bench/inference.py --prompts 16384 --modes dense
+    python bench/inference.py --size longllama_3b --dtype bfloat16 --k 128 --prompts 2048 16384 65536 262144
 
 One program of prefill and one of decoding serve all lengths of a mode. Prints a table and, as its last line, JSON: of
 the 16384-token prompt with dense memory (or what there is instead) prefill_tokens_per_second, decode_ms (a token),
 read_once_ms (bytes of weights, filled local cache and memory over the read bandwidth measured in the same process),
-decode_over_read_once, and peak_memory_bytes (of the process, resident); `cases` has the same of every case, `growth`
-for each mode how many times longer a token takes, and how many times more bytes it reads, with the longest memory than
-with the shortest. Bytes read are those of the least that must be: all keys, and with top-k the values of k slots only.
+decode_over_read_once, and peak_memory_bytes (of the device, or on a CPU of the process, resident); `cases` has the same
+of every case, `growth` for each mode how many times longer a token takes, and how many times more bytes it reads, with
+the longest memory than with the shortest. Bytes read are those of the least that must be: all keys, and with top-k the
+values of k slots only.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import json
 import os
@@ -25,22 +28,27 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import model
-from fot_jax.config import ModelConfig
+from fot_jax.config import SIZES, DtypePolicy, ModelConfig
 from fot_jax.generate import Reader, decode, prefill
 from fot_jax.host import keep_freed_memory
 from fot_jax.memory import Reading
 
-CONFIG = ModelConfig(
+SMALL = ModelConfig(
     vocab_size=4096, d_model=256, d_ff=688, n_layers=6, n_heads=4, window=512, mem_layers=(2, 4), eos_id=None
 )
 LAST_CONTEXT = 16
 
 
 def read_bandwidth(nbytes: int, repeats: int = 15) -> float:
-    """Bytes/s at which all cores together read an array of `nbytes`: the median of several maxima, a thread a core."""
+    """Bytes/s at which the device, or all cores together, a thread each, read an array of `nbytes`: the median of
+    several maxima.
+    """
+    if jax.default_backend() != "cpu":
+        return _device_bandwidth(nbytes, repeats)
     threads = len(os.sched_getaffinity(0))
     parts = np.array_split(np.ones(nbytes // 4, np.float32), threads)
     rates = []
@@ -52,7 +60,17 @@ def read_bandwidth(nbytes: int, repeats: int = 15) -> float:
     return float(np.median(rates))
 
 
-def bytes_read(params: Any, reader: Reader, reading: Reading) -> int:
+def _device_bandwidth(nbytes: int, repeats: int) -> float:
+    """The same of an accelerator, with calls queued so that it never waits for the next."""
+    x = jax.random.normal(jax.random.key(0), (max(1, nbytes // 2**20), 2**18), jnp.float32)
+    greatest = jax.jit(jnp.max)
+    jax.block_until_ready(greatest(x))
+    start = time.perf_counter()
+    jax.block_until_ready([greatest(x) for _ in range(repeats)])
+    return x.nbytes * repeats / (time.perf_counter() - start)
+
+
+def bytes_read(config: ModelConfig, params: Any, reader: Reader, reading: Reading) -> int:
     """The least that a token needs read: weights, one row of the embedding among them, and what is filled of the window
     and of memory; with top-k only the values of k slots for each head.
     """
@@ -62,19 +80,22 @@ def bytes_read(params: Any, reader: Reader, reading: Reading) -> int:
     keys = sum(filled(page, page.keys) for page in pages)
     values = sum(filled(page, page.values) for page in pages)
     if reading.k is not None:
-        values = len(CONFIG.mem_layers) * CONFIG.n_heads * reading.k * CONFIG.head_size * pages[0].keys[0].itemsize
+        values = len(config.mem_layers) * config.n_heads * reading.k * config.head_size * pages[0].keys[0].itemsize
     return int(weights + filled(reader.local, (*reader.local.keys, *reader.local.values)) + keys + values)
 
 
-def measure(params: Any, reading: Reading, prompt: int, capacity: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+def measure(
+    config: ModelConfig, params: Any, reading: Reading, prompt: int, capacity: int, new_tokens: int, rounds: int
+) -> dict[str, Any]:
     """One case: prefill of a prompt, then decoding in turn with the bandwidth, so that a busy machine slows both."""
-    tokens = np.random.default_rng(0).integers(3, CONFIG.vocab_size, (1, prompt), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (1, prompt), dtype=np.int32)
     read = functools.partial(
-        prefill, CONFIG, params, tokens, LAST_CONTEXT, memory=reading.kind, k=reading.k, memory_capacity=capacity
+        prefill, config, params, tokens, LAST_CONTEXT, memory=reading.kind, k=reading.k, memory_capacity=capacity
     )
-    step = functools.partial(decode, CONFIG, params, reading=reading)
+    step = functools.partial(decode, config, params, reading=reading)
     prefills, firsts = [], []
     for _ in range(3 if prompt <= 16384 else 1):
+        reader = None
         start = time.perf_counter()
         reader = jax.block_until_ready(read())
         prefills.append(time.perf_counter() - start)
@@ -83,7 +104,7 @@ def measure(params: Any, reading: Reading, prompt: int, capacity: int, new_token
     out, reader = jax.block_until_ready(step(reader, max_new_tokens=new_tokens))
     seconds, reads, bandwidths = [], [], []
     for _ in range(rounds):
-        nbytes = bytes_read(params, reader, reading)
+        nbytes = bytes_read(config, params, reader, reading)
         bandwidths.append(read_bandwidth(nbytes))
         reads.append(nbytes / bandwidths[-1])
         start = time.perf_counter()
@@ -129,28 +150,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024, 4096, 16384, 65536], help="tokens of prompts")
     parser.add_argument("--modes", nargs="+", choices=("dense", "topk"), default=["dense", "topk"])
+    parser.add_argument("--size", choices=sorted(SIZES), help="a named model, with random weights, instead")
+    parser.add_argument("--dtype", default="float32", help="of weights, activations and memory")
     parser.add_argument("--k", type=int, default=32, help="slots retrieved with topk")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens decoded at a time")
     parser.add_argument("--rounds", type=int, default=7, help="times decoding is measured")
     parser.add_argument("--png", type=pathlib.Path, help="file for a plot")
     args = parser.parse_args()
     keep_freed_memory()
-    params = jax.jit(functools.partial(model.init_params, CONFIG))(jax.random.key(0))
+    config = dataclasses.replace(SIZES[args.size] if args.size else SMALL, eos_id=None)
+    config = dataclasses.replace(config, dtypes=DtypePolicy(*[args.dtype] * 3))
+    params = jax.block_until_ready(jax.jit(functools.partial(model.init_params, config))(jax.random.key(0)))
     capacity = max(args.prompts) + (args.rounds + 2) * args.new_tokens
-    measured = functools.partial(measure, params, capacity=capacity, new_tokens=args.new_tokens, rounds=args.rounds)
+    limits = dict(capacity=capacity, new_tokens=args.new_tokens, rounds=args.rounds)
+    measured = functools.partial(measure, config, params, **limits)
     cases = []
     for mode in args.modes:
         reading = Reading(mode, args.k if mode == "topk" else None)
         warm = prefill(
-            CONFIG,
+            config,
             params,
-            np.ones((1, 2 * CONFIG.window), np.int32),
+            np.ones((1, 2 * config.window), np.int32),
             LAST_CONTEXT,
             memory=mode,
             k=reading.k,
             memory_capacity=capacity,
         )
-        jax.block_until_ready(decode(CONFIG, params, warm, reading=reading, max_new_tokens=args.new_tokens))
+        jax.block_until_ready(decode(config, params, warm, reading=reading, max_new_tokens=args.new_tokens))
         del warm
         for prompt in sorted(args.prompts):
             cases.append(measured(reading, prompt))
@@ -169,9 +195,10 @@ def main() -> None:
     if args.png:
         plot(args.png, cases)
     shown = next((case for case in cases if (case["memory"], case["prompt"]) == ("dense", 16384)), cases[0])
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     result = {
         **shown,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "device": str(jax.devices()[0].device_kind),
         "jax": jax.__version__,
         "growth": growth,

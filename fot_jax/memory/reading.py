@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from fot_jax import attention, sharding
 from fot_jax.memory import host, kernels
@@ -226,7 +227,7 @@ class _Part(NamedTuple):
     def whole(self) -> tuple[tuple[Array, ...], _Part, int, Array]:
         """All of it in one block, as a `_Step` takes it."""
         counts = jnp.arange(self.columns)[None, :] < self.filled_B[:, None]
-        return tuple(map(loaded, self.arrays)), self, 0, _and(counts, self.seen)
+        return tuple(map(loaded, jax.tree.map(_as_it_lies, self.arrays))), self, 0, _and(counts, self.seen)
 
 
 def _and(counts: Array | None, seen: Array | None) -> Array | None:
@@ -310,12 +311,17 @@ def _each_part(step: _Step, nothing: Callable[[int], Any], parts: Sequence[_Part
     return out
 
 
+def _as_it_lies(x: Array) -> Array:
+    """`x`, which a GPU's compiler must not turn round: for products in a loop it would turn all of memory before it."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if sharding.platform() == "gpu" else x
+
+
 def _cut(x: Array, first: Array, size: int) -> Array:
     """Columns of an array; of bfloat16 on a CPU as float32, by way of their bits: its compiler would rather convert all
     of memory, before any loop.
     """
     if x.dtype != jnp.bfloat16 or sharding.platform() != "cpu":
-        return jax.lax.dynamic_slice_in_dim(x, first, size, axis=3)
+        return _as_it_lies(jax.lax.dynamic_slice_in_dim(x, first, size, axis=3))
     return _cut_by_bits(x, first, size)
 
 
@@ -613,7 +619,7 @@ def _search(
 
 def _scores(q_BGQK: Array, keys: Array, counts: Array | None, others: Array | float) -> Array:
     """Scores, with `others` where slots do not count."""
-    s = attention.scores(q_BGQK, keys, slots_last=True, exact=True)
+    s = attention.scores(q_BGQK, _as_it_lies(keys), slots_last=True, exact=True)  # in a loop over queries of its own
     s = jnp.where(s == 0.0, 0.0, s)  # lax.top_k puts -0.0 after 0.0; they are equal
     return s if counts is None else jnp.where(counts[:, None, None, :], s, others)
 
@@ -749,6 +755,7 @@ def _weighted_sum(values: Buffer, column_BGQN: Array, weight_BGQN: Array, dtype:
 
     def of_head(head: tuple[Buffer, Array, Array]) -> Array:
         values, column_QN, weight_QN = head
+        values = jax.tree.map(_as_it_lies, values)
         if turned:
             values = jax.tree.map(lambda x: kernels.turned(x) if kernels.turns(x) else x.T, values)
         block = max(1, min(Q, budget // (4 * N * K)))
