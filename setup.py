@@ -35,6 +35,8 @@ REQUIRES = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda13]>=0.10,<0.13"],
+    # XLA's compiler for GPUs, without CUDA's libraries: `train.py --compile_only` for GPUs that are not there.
+    "gpu_compiler": ["jax-cuda13-pjrt>=0.10,<0.13", "jax-cuda13-plugin>=0.10,<0.13"],
     # What GGUF files are read with. Pickled checkpoints (.bin, .pth) need PyTorch.
     "convert": ["gguf>=0.17,<1"],
     "dev": ["gguf>=0.17,<1", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],

@@ -1,7 +1,8 @@
 """What a training run needs before anybody pays for the chips: by arithmetic, and by the compiler.
 
-`arithmetic` needs nothing but the configuration. `compiled` runs the real compiler for TPUs that are not there
-(`jax.experimental.topologies`; the package libtpu compiles on any machine) and reads what it made.
+`arithmetic` needs nothing but the configuration. `compiled` runs the real compiler for TPUs or GPUs that are not there
+(`jax.experimental.topologies`; the packages libtpu and jax-cuda13-plugin compile on any machine) and reads what it
+made.
 """
 
 from __future__ import annotations
@@ -244,31 +245,33 @@ class Compiled:
 
 
 def devices(chips: Hardware) -> list[Any]:
-    """Descriptions of TPUs that need not be there, to compile for.
+    """Descriptions of chips that need not be there, to compile for.
 
     Raises:
-        ValueError: GPUs, for which there is no compiler without one; no libtpu, or a shape that it does not know.
+        ValueError: no compiler for them, or a shape that it does not know.
     """
     from jax.experimental import topologies
 
-    if not chips.chip.tpu:
-        raise ValueError(f"{chips} cannot be compiled for without such a GPU; wanted a TPU, or the arithmetic (--plan)")
-    # Without a chip libtpu would look for one on the network, and would not be loaded twice.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    more: dict[str, Any] = {"num_slices": chips.slices} if chips.slices > 1 else {}
-    more |= {"chip_config_name": "megacore"} if chips.chip.megacore else {}
+    if chips.chip.gpu:
+        platform, wanted = "cuda", "its compiler (pip install 'fot-jax[gpu_compiler]')"
+        nodes = f"{chips.slices}x1x{math.prod(chips.shape)}"
+        more: dict[str, Any] = {"target_config": chips.chip.gpu.description(chips.chip.nbytes), "topology": nodes}
+    else:
+        platform, wanted = "tpu", "a topology that libtpu knows (pip install 'fot-jax[tpu]')"
+        # Without a chip libtpu would look for one on the network, and would not be loaded twice.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        more = {"num_slices": chips.slices} if chips.slices > 1 else {}
+        more |= {"chip_config_name": "megacore"} if chips.chip.megacore else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=chips.topology, **more)
+        found = topologies.get_topology_desc(platform=platform, topology_name=chips.topology, **more)
     except Exception as error:
-        raise ValueError(
-            f"{chips} cannot be compiled for: {error}; wanted a topology that libtpu knows (pip install 'fot-jax[tpu]')"
-        ) from error
+        raise ValueError(f"{chips} cannot be compiled for: {error}; wanted {wanted}") from error
     return list(found.devices)
 
 
 def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
-    """Compiles a training step of a run, with the most contexts of its schedule, for TPUs that need not be there.
+    """Compiles a training step of a run, with the most contexts of its schedule, for chips that need not be there.
 
     Raises:
         ValueError: what `training.check` and `devices` refuse; a step that the compiler says does not fit.

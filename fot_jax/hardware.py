@@ -7,30 +7,81 @@ import re
 from typing import NamedTuple
 
 
+class Gpu(NamedTuple):
+    """What XLA wants to know of a GPU that it compiles for and that is not there.
+
+    Attributes:
+        name: as the GPU says it.
+        capability: CUDA compute capability.
+        clock: GHz.
+        bandwidth: bytes/s of its memory.
+        cache: bytes of its second-level cache.
+        shared: bytes of shared memory of a multiprocessor; a block can have all but 1 KiB of them.
+        multiprocessors: how many it has.
+    """
+
+    name: str
+    capability: tuple[int, int]
+    clock: float
+    bandwidth: float
+    cache: int
+    shared: int
+    multiprocessors: int
+
+    def description(self, nbytes: int) -> str:
+        """As a text of XLA's GpuTargetConfigProto, of a GPU with so many bytes of memory."""
+        major, minor = self.capability
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.multiprocessors}
+              clock_rate_ghz: {self.clock}
+              memory_bandwidth: {int(self.bandwidth)}
+              device_memory_size: {nbytes}
+              l2_cache_size: {self.cache}
+              shared_memory_per_core: {self.shared}
+              shared_memory_per_block: {48 * 2**10}
+              shared_memory_per_block_optin: {self.shared - 2**10}
+              fpus_per_core: {128 if major >= 9 else 64}
+              threads_per_warp: 32
+              threads_per_block_limit: 1024
+              threads_per_core_limit: 2048
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+              block_dim_limit_x: {2**31 - 1}
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 }}
+            device_description_str: "{self.name}"
+        """
+
+
 class Chip(NamedTuple):
     """Data of one chip, by its maker's data sheet.
 
     Attributes:
         flops: bfloat16 FLOP/s, dense.
         nbytes: of its memory.
-        tpu: whether it is a TPU.
+        gpu: of a GPU, more of it; None for a TPU.
         megacore: whether a program runs on the two cores of a chip as one.
     """
 
     flops: float
     nbytes: int
-    tpu: bool
+    gpu: Gpu | None = None
     megacore: bool = False
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 10**9, True, megacore=True),
-    "v5e": Chip(197e12, 16 * 10**9, True),
-    "v5p": Chip(459e12, 95 * 10**9, True, megacore=True),
-    "v6e": Chip(918e12, 32 * 10**9, True),
-    "a100": Chip(312e12, 80 * 10**9, False),
-    "h100": Chip(989e12, 80 * 10**9, False),
-    "h200": Chip(989e12, 141 * 10**9, False),
+    "v4": Chip(275e12, 32 * 10**9, megacore=True),
+    "v5e": Chip(197e12, 16 * 10**9),
+    "v5p": Chip(459e12, 95 * 10**9, megacore=True),
+    "v6e": Chip(918e12, 32 * 10**9),
+    "a100": Chip(312e12, 80 * 10**9, Gpu("NVIDIA A100", (8, 0), 1.41, 2.0e12, 40 * 2**20, 164 * 2**10, 108)),
+    "h100": Chip(989e12, 80 * 10**9, Gpu("NVIDIA H100", (9, 0), 1.98, 3.35e12, 50 * 2**20, 228 * 2**10, 132)),
+    "h200": Chip(989e12, 141 * 10**9, Gpu("NVIDIA H200", (9, 0), 1.98, 4.8e12, 60 * 2**20, 228 * 2**10, 132)),
 }
 
 

@@ -349,7 +349,8 @@ def make_plan(config: ConfigDict, contexts: int) -> crossbatch.Plan | None:
 def set_hardware(config: ConfigDict, text: str) -> None:
     """Lays a run out on chips: each slice an equal part of the rows (data), whose chips hold the parameters in shares
     (fsdp); chips beyond the rows, or beyond what the model's width can be shared by, split heads, feed-forward and
-    vocabulary (tensor). Where a chip would have more than 4096 tokens, or one row, rows come in microbatches.
+    vocabulary (tensor). Where a chip would have more than 4096 tokens for each 16 GB of its memory (rounded down to a
+    power of two), or one row, rows come in microbatches.
 
     Args:
         config: with model and batch stated; hardware, mesh and batch.accumulate are set.
@@ -360,7 +361,8 @@ def set_hardware(config: ConfigDict, text: str) -> None:
     """
     chips, model = hardware(text), model_config(config)
     per_slice, rows = chips.chips // chips.slices, config.batch.rows
-    at_once = chips.chips * max(1, 4096 // batch_length(config, model))
+    tokens = 4096 * 2 ** int(math.log2(chips.chip.nbytes / 16e9))
+    at_once = chips.chips * max(1, tokens // batch_length(config, model))
     config.batch.accumulate = max(1, rows // at_once) if rows % at_once == 0 else 1
     rows //= config.batch.accumulate * chips.slices
     fsdp = math.gcd(per_slice, math.gcd(model.d_model, rows))

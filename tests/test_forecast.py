@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,9 +106,14 @@ def test_forecasts_for_other_chips_than_the_mesh_has():
         forecast.arithmetic(config, hardware("v5e:8x8"), 1.5)
 
 
-def test_gpus_are_not_compiled_for():
-    with pytest.raises(ValueError, match="h100:8 cannot be compiled for without such a GPU; wanted a TPU"):
-        forecast.compiled(run_of("longllama_3b", "h100:8"), hardware("h100:8"))
+@pytest.mark.parametrize(("text", "package"), [("h100:8", "gpu_compiler"), ("v5e:8x8", "tpu")])
+def test_a_compiler_that_is_missing_is_named(text, package, monkeypatch):
+    def missing(**_):
+        raise RuntimeError("no such platform")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(ValueError, match=rf"{text} cannot be compiled for: no such platform; .*fot-jax\[{package}\]"):
+        forecast.compiled(run_of("longllama_3b", text), hardware(text))
 
 
 def train_py(*arguments):
@@ -122,7 +128,6 @@ def test_the_command_plans_without_data_or_workdir(tmp_path):
     assert "6,738,415,616" in done.stdout
     for arguments, message in (
         (["--plan", "--topology=v9:4"], "train.py: hardware is 'v9:4'; wanted CHIP:SHAPE"),
-        (["--compile_only", "--topology=h100:8"], "train.py: h100:8 cannot be compiled for"),
         (["--plan", "--share=0"], "train.py: share is 0.0"),
         ([], "--workdir is not set"),
     ):

@@ -24,6 +24,7 @@ except ImportError:
 
 Array = jax.Array
 
+FIRST_VERSION = 91000  # of cuDNN, that is reckoned with where a GPU is only compiled for
 MULTIPLE = 8  # of numbers of a head; 100 are filled up with zeros to 104
 _BEFORE = tuple("query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v".split())
 _OPTIONS = ("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout", "sliding_window_length")
@@ -64,9 +65,10 @@ def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kerne
         raise ValueError(f"cuDNN is called by JAX {jax.__version__} in another way than by ours; {instead}")
     filled = head_size + -head_size % MULTIPLE
     shapes = [jax.ShapeDtypeStruct((1, 1, length, filled), dtype)] * 3
+    here = jax.default_backend() == platform  # or else it is only compiled for, by a machine without cuDNN
     try:
-        version = calls.check_cudnn_version()
-        if not calls.check_compute_capability("8.0"):
+        version = calls.check_cudnn_version() if here else FIRST_VERSION
+        if here and not calls.check_compute_capability("8.0"):
             raise NotImplementedError("the GPU is older than compute capability 8.0")
         calls.check_is_flash_attention(*shapes, calls.AttentionLayout.BNTH.value, version, True, True)
     except (NotImplementedError, RuntimeError) as error:
@@ -81,13 +83,15 @@ def _filled_up(x: Array) -> Array:
 
 def _arguments(q_BHTK: Array, keys: Keys, causal: bool, scale: float) -> tuple[list[Array], dict[str, Any]]:
     """What both calls begin with, and their options; empty arrays stand for what is not used."""
-    nothing = jnp.zeros(0, q_BHTK.dtype)
+    # Cut from the queries: new zeros would be made outside of shard_map, an array of a size of 0 split over devices, at
+    # which the partitioner of JAX 0.11 crashes.
+    nothing = q_BHTK[:0, 0, 0, 0]
     given = [*map(_filled_up, (q_BHTK, *keys[:2])), nothing]
     if masked := keys.kv_ids_BS is not None and keys.seen_by_row is None:
         # Added to scores: a large negative number where a query does not see a key.
         same = keys.q_ids_BT[:, None, :, None] == keys.kv_ids_BS[:, None, None, :]
         same = jnp.broadcast_to(same, (q_BHTK.shape[0], 1, q_BHTK.shape[2], keys.k_BGSK.shape[2]))
-        given[3] = jnp.where(same, nothing.dtype.type(0), calls.get_large_negative_number(q_BHTK.dtype))
+        given[3] = jnp.where(same, 0.0, calls.get_large_negative_number(q_BHTK.dtype))
     options = dict(
         scale=scale,
         seed=0,
