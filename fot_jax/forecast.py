@@ -34,6 +34,8 @@ class Arithmetic:
         parameters: how many.
         rows, length: of a batch.
         contexts: most other windows that a row of a memory layer reads.
+        attention: the kernel that computes attention.
+        execution: how contexts come to rows.
         flops_per_token: forward and backward, crossbatch counted, nothing recomputed.
         steps, tokens: of the run.
         nbytes: bytes on a chip by kind.
@@ -46,6 +48,8 @@ class Arithmetic:
     rows: int
     length: int
     contexts: int
+    attention: str
+    execution: str
     flops_per_token: float
     steps: int
     tokens: int
@@ -81,7 +85,8 @@ class Arithmetic:
             "mesh": _mesh(self.mesh),
             "parameters": f"{self.parameters:,}",
             "batch": f"{self.rows} rows of {self.length}: {self.rows * self.length:,} tokens a step",
-            "crossbatch": f"up to {self.contexts} other windows a row" if self.contexts else "none",
+            "attention": self.attention,
+            "crossbatch": f"up to {self.contexts} other windows a row, {self.execution}" if self.contexts else "none",
             "FLOPs a token": f"{self.flops_per_token / 1e9:,.2f} GFLOP, forward and backward",
             "tokens/s": f"{self.tokens_per_second:,.0f} at {self.share:.0%} of peak",
             "run": f"{self.steps:,} steps, {self.tokens / 1e9:,.2f} G tokens, {self.days:,.2f} days",
@@ -99,7 +104,7 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
         share: of the chips' peak that the run reaches, above 0 and up to 1.
 
     Raises:
-        ValueError: a share that is none, and what `training.check` refuses.
+        ValueError: a share that is none, what `training.check` refuses, and a kernel that is not for these chips.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is {share}; wanted above 0 and at most 1")
@@ -117,12 +122,16 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
     params = held(state.params, places.params)
     plans = _plans(config)
     length = run_config.batch_length(config, model_config)
+    of_heads = config.attention, length, model_config.head_size, model_config.dtypes.compute
+    most = max(plans, key=lambda plan: plan.n_contexts if plan else 0)
+    at_once = most and crossbatch.together(most, length, config.crossbatch.execution, chips.platform)
     nbytes = {
         "parameters": params,
         "optimizer state": held(state.opt_state, places.opt_state),
         # Of microbatches the sum so far, and those of one.
         "gradients": params * (2 if config.batch.accumulate > 1 else 1),
         **_activations(config, model_config, mesh.shape),
+        "crossbatch": _contexts(most, at_once, length, model_config, mesh.shape) if most else 0,
     }
     flops = max(flops_per_token(model_config, plan, length) for plan in plans)
     return Arithmetic(
@@ -132,6 +141,8 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
         rows=config.batch.rows,
         length=length,
         contexts=max(max(plan.seen, default=0) if plan else 0 for plan in plans),
+        attention=attention.kernel(*of_heads, platform=chips.platform).name,
+        execution="concatenate" if at_once else "ring",
         flops_per_token=flops,
         steps=config.steps,
         tokens=config.steps * config.batch.rows * length,
@@ -176,6 +187,15 @@ def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int]) -> di
         "a layer's work": 2 * tokens * layer * compute,
         "logits": 2 * chunk * c.vocab_size // tensor * 4,
     }
+
+
+def _contexts(plan: crossbatch.Plan, at_once: int, length: int, c: ModelConfig, mesh: dict[str, int]) -> int:
+    """Bytes on a chip of keys and values of contexts, in a layer that reads them, and of their gradients in float32: of
+    as many as are read at once, or in a ring of one that is read and one on its way.
+    """
+    rows = plan.block_rows // (mesh["data"] * mesh["fsdp"])
+    of_context = 2 * rows * length * c.n_kv_heads * c.head_size // mesh["tensor"]
+    return (at_once or 2) * of_context * (jnp.dtype(c.dtypes.compute).itemsize + 4)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,11 @@ class Hardware(NamedTuple):
         return CHIPS[self.name]
 
     @property
+    def platform(self) -> str:
+        """What JAX calls such devices."""
+        return "gpu" if self.chip.gpu else "tpu"
+
+    @property
     def chips(self) -> int:
         """Of all slices together."""
         return self.slices * math.prod(self.shape)

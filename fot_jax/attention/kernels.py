@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 NAMES = ("auto", "xla", "splash", "cudnn")
 
 
-def kernel(name: str, length: int, head_size: int, dtype: jax.typing.DTypeLike) -> Kernel:
+def kernel(name: str, length: int, head_size: int, dtype: jax.typing.DTypeLike, platform: str | None = None) -> Kernel:
     """The kernel of a name; "auto" is that of the platform: splash on a TPU, cuDNN on a GPU, else XLA's own.
 
     Args:
@@ -30,13 +30,14 @@ def kernel(name: str, length: int, head_size: int, dtype: jax.typing.DTypeLike) 
         length: T, tokens of a window.
         head_size: K.
         dtype: of queries, keys and values.
+        platform: kind of device; that of `sharding.platform` by default.
 
     Raises:
         ValueError: an unknown name, or what the kernel cannot compute.
     """
     if name not in NAMES:
         raise ValueError(f"attention kernel is {name!r}; wanted one of {', '.join(NAMES)}")
-    platform = sharding.platform()
+    platform = platform or sharding.platform()
     wanted = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla") if name == "auto" else name
     module = {"xla": plain, "splash": splash, "cudnn": cudnn}[wanted]
     try:

@@ -32,19 +32,20 @@ _SOURCE_KEYS = 256
 _SOURCES = 16
 
 
-def together(plan: Plan, length: int, execution: str) -> int:
+def together(plan: Plan, length: int, execution: str, platform: str | None = None) -> int:
     """How many contexts are read together; 0 for a ring.
 
     Args:
         length: T, tokens of a window.
         execution: one of `EXECUTIONS`.
+        platform: kind of device; that of `sharding.platform` by default.
 
     Raises:
         ValueError: an unknown execution.
     """
     if execution not in EXECUTIONS:
         raise ValueError(f"crossbatch execution is {execution!r}; wanted one of {', '.join(EXECUTIONS)}")
-    if sharding.platform() == "cpu":
+    if (platform or sharding.platform()) == "cpu":
         size = max(1, _SOURCE_KEYS // length)
         ring = execution == "ring" or execution == "auto" and plan.n_contexts > _SOURCES * size
     else:
