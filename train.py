@@ -11,8 +11,9 @@ Before anything is paid for:
     python train.py --config=configs/longllama_3b.py --compile_only
     python train.py --config=configs/longllama_3b.py:v5e:8x8 --compile_only --report=r.json
 
-The first reckons; the second runs the compiler for TPUs, without one (pip install '.[tpu]'). Both need neither data
-nor a working directory. The second ends with 1 where the step does not fit the chips.
+The first reckons; the second runs the compiler for chips that need not be there (pip install '.[tpu]' for TPUs,
+'.[gpu_compiler]' for GPUs). Both need neither data nor a working directory. The second ends with 1 where the step does
+not fit the chips.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and tokenised documents.")
 _PLAN = flags.DEFINE_bool("plan", False, "Reckon what the run needs, and end.")
 _SHARE = flags.DEFINE_float("share", 0.5, "Share of the chips' peak FLOP/s that --plan reckons with.")
-_COMPILE = flags.DEFINE_bool("compile_only", False, "Compile a step for TPUs that need not be there, and end.")
+_COMPILE = flags.DEFINE_bool("compile_only", False, "Compile a step for chips that need not be there, and end.")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "What for, like v5e:16x16 or 2*v5e:4x8; by default config.hardware.")
 _REPORT = flags.DEFINE_string("report", "", "JSON file for what --plan or --compile_only find.")
 _CACHE = flags.DEFINE_string(
@@ -51,10 +52,11 @@ def forecast_only(config: ConfigDict) -> int:
     """--plan and --compile_only: prints what was found; 1 where a step does not fit."""
     from fot_jax import forecast
 
-    chips = hardware(_TOPOLOGY.value or config.hardware)
+    if not (text := _TOPOLOGY.value or config.hardware):
+        raise ValueError("no hardware is stated; wanted --topology or config.hardware, like v5e:16x16 or h100:8")
+    chips = hardware(text)
     jax.config.update("jax_platforms", "cpu")  # what is reckoned or compiled for need not be here
-    if _CACHE.value not in ("", "none"):
-        training.keep_compiled(_CACHE.value)
+    jax.config.update("jax_enable_compilation_cache", False)  # programs for chips that are not there are not read again
     found = forecast.arithmetic(config, chips, _SHARE.value) if _PLAN.value else forecast.compiled(config, chips)
     print(found.table())
     if _REPORT.value:
@@ -70,6 +72,8 @@ def main(argv: list[str]) -> int | None:
         raise app.UsageError("--plan and --compile_only; wanted one of them")
     if not (_PLAN.value or _COMPILE.value) and (_TOPOLOGY.value or _REPORT.value):
         raise app.UsageError("--topology and --report go with --plan or --compile_only")
+    if (_PLAN.value or _COMPILE.value) and _CACHE.value:  # JAX reads no programs for chips that are not there
+        raise app.UsageError("--compilation_cache goes with runs, not with --plan or --compile_only")
     if _PLAN.value or _COMPILE.value:
         try:
             return forecast_only(_CONFIG.value)

@@ -67,15 +67,16 @@ def main() -> None:
         return
     if args.out is None:
         raise SystemExit("--out is missing; wanted a folder")
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     env = {
         "JAX_PLATFORMS": "cuda,cpu",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "JAX_COMPILATION_CACHE_DIR": str(args.out / "cache"),
-        **os.environ,
         "PYTHONUNBUFFERED": "1",
     }
+    env = {**os.environ, **env}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
 
     def start(name: str, limit: int, words: str) -> subprocess.Popen:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,10 @@ class Arithmetic:
         mesh: size of each axis.
         parameters: how many.
         rows, length: of a batch.
+        accumulate: microbatches of it.
         contexts: most other windows that a row of a memory layer reads.
         attention: the kernel that computes attention.
-        execution: how contexts come to rows.
+        execution: how contexts come to rows; "none" without crossbatch.
         flops_per_token: forward and backward, crossbatch counted, nothing recomputed.
         steps, tokens: of the run.
         nbytes: bytes on a chip by kind.
@@ -47,6 +48,7 @@ class Arithmetic:
     parameters: int
     rows: int
     length: int
+    accumulate: int
     contexts: int
     attention: str
     execution: str
@@ -84,14 +86,14 @@ class Arithmetic:
             "hardware": f"{self.hardware}: {self.hardware.chips} chips, {chip.flops / 1e12:g} TFLOP/s each",
             "mesh": _mesh(self.mesh),
             "parameters": f"{self.parameters:,}",
-            "batch": f"{self.rows} rows of {self.length}: {self.rows * self.length:,} tokens a step",
+            "batch": _batch(self),
             "attention": self.attention,
             "crossbatch": f"up to {self.contexts} other windows a row, {self.execution}" if self.contexts else "none",
             "FLOPs a token": f"{self.flops_per_token / 1e9:,.2f} GFLOP, forward and backward",
             "tokens/s": f"{self.tokens_per_second:,.0f} at {self.share:.0%} of peak",
             "run": f"{self.steps:,} steps, {self.tokens / 1e9:,.2f} G tokens, {self.days:,.2f} days",
             **{f"chip, {kind}": _gb(n) for kind, n in self.nbytes.items()},
-            "chip, all": f"{_gb(total)} of {_gb(chip.nbytes)}",
+            "chip, all": f"{_gb(total)} of {_gb(chip.nbytes)}{'' if total <= chip.nbytes else ': DOES NOT FIT'}",
         }
         return _table(rows)
 
@@ -121,17 +123,14 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
     )
     params = held(state.params, places.params)
     plans = _plans(config)
-    length = run_config.batch_length(config, model_config)
-    of_heads = config.attention, length, model_config.head_size, model_config.dtypes.compute
-    most = max(plans, key=lambda plan: plan.n_contexts if plan else 0)
-    at_once = most and crossbatch.together(most, length, config.crossbatch.execution, chips.platform)
+    length, how = run_config.batch_length(config, model_config), _how(config, model_config, chips)
     nbytes = {
         "parameters": params,
         "optimizer state": held(state.opt_state, places.opt_state),
         # Of microbatches the sum so far, and those of one.
         "gradients": params * (2 if config.batch.accumulate > 1 else 1),
         **_activations(config, model_config, mesh.shape),
-        "crossbatch": _contexts(most, at_once, length, model_config, mesh.shape) if most else 0,
+        "crossbatch": _contexts(how, length, model_config, mesh.shape),
     }
     flops = max(flops_per_token(model_config, plan, length) for plan in plans)
     return Arithmetic(
@@ -141,8 +140,9 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
         rows=config.batch.rows,
         length=length,
         contexts=max(max(plan.seen, default=0) if plan else 0 for plan in plans),
-        attention=attention.kernel(*of_heads, platform=chips.platform).name,
-        execution="concatenate" if at_once else "ring",
+        accumulate=config.batch.accumulate,
+        attention=how.kernel,
+        execution=how.execution,
         flops_per_token=flops,
         steps=config.steps,
         tokens=config.steps * config.batch.rows * length,
@@ -189,13 +189,47 @@ def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int]) -> di
     }
 
 
-def _contexts(plan: crossbatch.Plan, at_once: int, length: int, c: ModelConfig, mesh: dict[str, int]) -> int:
+class _How(NamedTuple):
+    """How a run's memory layers read.
+
+    Attributes:
+        plan: the one with the most contexts of the schedule.
+        kernel: that computes attention.
+        together: contexts read together; 0 for a ring.
+    """
+
+    plan: crossbatch.Plan | None
+    kernel: str
+    together: int
+
+    @property
+    def contexts(self) -> int:
+        return self.plan.n_contexts if self.plan else 0
+
+    @property
+    def execution(self) -> str:
+        if not self.contexts:
+            return "none"
+        return "concatenate" if self.together else "ring"
+
+
+def _how(config: ConfigDict, c: ModelConfig, chips: Hardware) -> _How:
+    length, plans = run_config.batch_length(config, c), _plans(config)
+    plan = max(plans, key=lambda plan: plan.n_contexts if plan else 0)
+    kernel = attention.kernel(config.attention, length, c.head_size, c.dtypes.compute, chips.platform)
+    together = crossbatch.together(plan, length, config.crossbatch.execution, chips.platform) if plan else 0
+    return _How(plan, kernel.name, together)
+
+
+def _contexts(how: _How, length: int, c: ModelConfig, mesh: dict[str, int]) -> int:
     """Bytes on a chip of keys and values of contexts, in a layer that reads them, and of their gradients in float32: of
     as many as are read at once, or in a ring of one that is read and one on its way.
     """
-    rows = plan.block_rows // (mesh["data"] * mesh["fsdp"])
+    if not how.contexts:
+        return 0
+    rows = how.plan.block_rows // (mesh["data"] * mesh["fsdp"])
     of_context = 2 * rows * length * c.n_kv_heads * c.head_size // mesh["tensor"]
-    return (at_once or 2) * of_context * (jnp.dtype(c.dtypes.compute).itemsize + 4)
+    return (how.together or 2) * of_context * (jnp.dtype(c.dtypes.compute).itemsize + 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +237,11 @@ class Compiled:
     """A training step that was compiled.
 
     Attributes:
-        hardware, mesh, rows, length: as for `Arithmetic`.
-        attention: the kernel that computes attention.
-        execution: how contexts come to rows.
+        hardware, mesh, rows, length, accumulate, attention, execution: as for `Arithmetic`.
         contexts: other windows that a row reads.
         argument_bytes: of a chip: parameters, optimizer state, batch.
         temporary_bytes: what the step needs beside them.
-        peak_bytes: of a chip, everything together.
+        peak_bytes: of a chip: arguments, results that are not in their place, temporaries and program together.
         code_bytes: of the program.
         collectives: by kind, how many and how many bytes a chip takes or gives; see `hlo.Collective`.
         seconds: that compiling took.
@@ -219,6 +251,7 @@ class Compiled:
     mesh: dict[str, int]
     rows: int
     length: int
+    accumulate: int
     attention: str
     execution: str
     contexts: int
@@ -250,7 +283,7 @@ class Compiled:
         rows = {
             "hardware": f"{self.hardware}: {self.hardware.chips} chips",
             "mesh": _mesh(self.mesh),
-            "batch": f"{self.rows} rows of {self.length}: {self.rows * self.length:,} tokens a step",
+            "batch": _batch(self),
             "attention": self.attention,
             "crossbatch": f"{self.contexts} other windows, {self.execution}" if self.contexts else "none",
             "chip, arguments": _gb(self.argument_bytes),
@@ -301,12 +334,8 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
     _check_mesh(mesh, chips)
     run_config.check_batch(config, model_config, mesh.shape)
     with jax.set_mesh(mesh):
-        programs = training.programs(config, model_config, mesh)
-        plan = max(_plans(config), key=lambda plan: plan.n_contexts if plan else 0)
-        plan = plan and plan.dealt(sharding.ways("batch"))
-        length, dtype = run_config.batch_length(config, model_config), jnp.dtype(model_config.dtypes.compute)
-        kernel = attention.kernel(config.attention, length, model_config.head_size, dtype).name
-        ring = plan is not None and not crossbatch.together(plan, length, config.crossbatch.execution)
+        programs, how = training.programs(config, model_config, mesh), _how(config, model_config, chips)
+        plan = how.plan and how.plan.dealt(sharding.ways("batch"))
         begin = time.perf_counter()
         try:
             program = programs.step(plan).lower(programs.state, programs.batch).compile()
@@ -319,21 +348,30 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
             ) from error
         seconds = time.perf_counter() - begin
     found = program.memory_analysis()
+    # The compiler's own peak leaves temporaries out that have been allocated all the same.
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    held += found.temp_size_in_bytes
     return Compiled(
         hardware=chips,
         mesh=dict(mesh.shape),
         rows=config.batch.rows,
-        length=length,
-        attention=kernel,
-        execution="ring" if ring else "concatenate",
-        contexts=plan.n_contexts if plan else 0,
+        length=run_config.batch_length(config, model_config),
+        accumulate=config.batch.accumulate,
+        attention=how.kernel,
+        execution=how.execution,
+        contexts=how.contexts,
         argument_bytes=found.argument_size_in_bytes,
         temporary_bytes=found.temp_size_in_bytes,
-        peak_bytes=found.peak_memory_in_bytes + found.generated_code_size_in_bytes,
+        peak_bytes=max(found.peak_memory_in_bytes, held) + found.generated_code_size_in_bytes,
         code_bytes=found.generated_code_size_in_bytes,
         collectives=hlo.Program(program.as_text()).collectives(),
         seconds=seconds,
     )
+
+
+def _batch(of: Arithmetic | Compiled) -> str:
+    parts = f", in {of.accumulate} microbatches" if of.accumulate > 1 else ""
+    return f"{of.rows} rows of {of.length}: {of.rows * of.length:,} tokens a step{parts}"
 
 
 def _mesh(mesh: dict[str, int]) -> str:

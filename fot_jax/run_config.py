@@ -364,6 +364,10 @@ def set_hardware(config: ConfigDict, text: str) -> None:
     tokens = 4096 * 2 ** int(math.log2(chips.chip.nbytes / 16e9))
     at_once = chips.chips * max(1, tokens // batch_length(config, model))
     config.batch.accumulate = max(1, rows // at_once) if rows % at_once == 0 else 1
+    while (
+        config.batch.accumulate > 1 and rows // config.batch.accumulate % layout(config)[1]
+    ):  # a microbatch holds whole documents
+        config.batch.accumulate = max(1, config.batch.accumulate // 2)
     rows //= config.batch.accumulate * chips.slices
     fsdp = math.gcd(per_slice, math.gcd(model.d_model, rows))
     config.hardware = text

@@ -88,7 +88,8 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def chunked_head_sums(
     config: ModelConfig, chunk: int, params: PyTree, hidden_BTD: Array, targets_BT: Array, mask_BT: Array
 ) -> tuple[Array, Array]:
-    """`head_sums` over `chunk` tokens at a time, so that logits of no more than that exist, forward and backward.
+    """`head_sums` over `chunk` tokens at a time, so that logits of no more than that exist, or of one token of every
+    row, forward and backward.
 
     The gradient is taken chunk by chunk in the forward pass, while the chunk's logits are there: nothing is recomputed.
     Chunks are cut along time: every chunk has all rows, and keeps their sharding.
@@ -417,6 +418,7 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     pretrained = run_config.read_model(source) if source else None
     model_config = run_config.model_config(config, pretrained)
     run_config.check_batch(config, model_config, mesh.shape)
+    _check_rows(mesh, config.batch.rows // config.batch.accumulate)
     with jax.set_mesh(mesh):
         length, dtype = run_config.batch_length(config, model_config), model_config.dtypes.compute
         attention.kernel(config.attention, length, model_config.head_size, dtype)
@@ -428,6 +430,20 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
         found = model.abstract_params(run_config.starting_model(pretrained, model_config))
         checkpoint.check_shapes(source, "params", found, wanted)
     return model_config, mesh
+
+
+def _check_rows(mesh: jax.sharding.Mesh, rows: int) -> None:
+    """Refuses devices that take other rows of a microbatch than the p-th part of them, of process p, which data has."""
+    process, processes = jax.process_index(), jax.process_count()
+    found = sharding.batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    wanted = slice(process * rows // processes, (process + 1) * rows // processes)
+    of_process = sorted({row for (part,) in found for row in range(*part.indices(rows))})
+    if of_process != list(range(rows))[wanted]:
+        raise ValueError(
+            f"process {process} of {processes} has devices for rows {', '.join(map(str, of_process[:6]))}, ... of "
+            f"{rows}; wanted rows {wanted.start} to {wanted.stop - 1}: data x fsdp to follow the processes one after "
+            "another, and tensor to stay within one"
+        )
 
 
 def train(

@@ -129,10 +129,37 @@ def test_the_command_plans_without_data_or_workdir(tmp_path):
     for arguments, message in (
         (["--plan", "--topology=v9:4"], "train.py: hardware is 'v9:4'; wanted CHIP:SHAPE"),
         (["--plan", "--share=0"], "train.py: share is 0.0"),
+        (["--plan", "--compilation_cache=x"], "--compilation_cache goes with runs"),
+        (["--plan", "--config.hardware="], "no hardware is stated; wanted --topology or config.hardware"),
         ([], "--workdir is not set"),
     ):
         done = train_py("--config=configs/longllama_3b.py:h100:8", *arguments)
         assert done.returncode != 0 and message in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+def test_a_step_that_does_not_fit_ends_with_1():
+    script = (
+        "import sys, types, train; from absl import app; from fot_jax import forecast; "
+        "sys.argv = ['train.py', '--config=configs/longllama_3b.py:v5e:8x8', '--compile_only']; "
+        "forecast.compiled = lambda *_: types.SimpleNamespace(table=str, fits={}); app.run(train.main)"
+    )
+    for fits, status in ((True, 0), (False, 1)):
+        done = subprocess.run([sys.executable, "-c", script.format(fits)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+
+
+def test_a_plan_that_does_not_fit_says_so():
+    assert (
+        "DOES NOT FIT" not in forecast.arithmetic(run_of("longllama_7b", "v5e:8x8"), hardware("v5e:8x8"), 0.5).table()
+    )
+    found = forecast.arithmetic(run_of("longllama_7b", "v5e:2x4"), hardware("v5e:2x4"), 0.5)
+    assert "16.00 GB: DOES NOT FIT" in found.table() and "8 microbatches" in found.table()
+
+
+def test_microbatches_hold_whole_documents():
+    config = run_of("longllama_3b", "v5e:1x1")
+    assert config.batch.rows // config.batch.accumulate == 4
+    assert run_of("longllama_3b", "h100:8").batch.accumulate == 2  # a chip with more memory takes more rows at a time
 
 
 # Compiled programs.
@@ -154,6 +181,55 @@ def test_loops_are_counted_as_often_as_they_run(devices):
         program = hlo.Program(jax.jit(f, out_shardings=place).lower(*arrays).compile().as_text())
     assert program.matmul_flops() == 7 * 2 * 2 * 32 * 32
     assert program.collectives() == {"all-reduce": hlo.Collective(3, 3 * 32 * 4)}
+
+
+# As a TPU's program has them: a loop from 1 to 8 by 2, and a sum of which each chip takes its part.
+TPU_TEXT = """HloModule jit_step
+
+%windowed_cond (p: (bf16[4,8], u32[])) -> pred[] {
+  %p = (bf16[4,8]{1,0}, u32[]{:T(128)}) parameter(0)
+  %limit = u32[]{:T(128)} constant(8), metadata={op_name="x"}
+  %counter = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+%windowed_body (q: (bf16[4,8], u32[])) -> (bf16[4,8], u32[]) {
+  %q = (bf16[4,8]{1,0}, u32[]{:T(128)}) parameter(0)
+  %x = bf16[4,8]{1,0} get-tuple-element(%q), index=0
+  %c = u32[]{:T(128)} get-tuple-element(%q), index=1
+  %start = (bf16[4,8]{1,0}, bf16[4,8]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=3, source_target_pairs={{0,1},{1,0}}
+  %done = bf16[4,8]{1,0} collective-permute-done(%start)
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%c, %two)
+  ROOT %out = (bf16[4,8]{1,0}, u32[]{:T(128)}) tuple(%done, %next)
+}
+
+%all-reduce-scatter.1 (input: f32[16,4]) -> f32[2,4] {
+  %input = f32[16,4]{1,0} parameter(0)
+  %all-reduce.1 = f32[16,4]{1,0} all-reduce(%input), channel_id=1, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (a: bf16[4,8], b: f32[16,4]) -> f32[2,4] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  %b = f32[16,4]{1,0} parameter(1)
+  %one = u32[]{:T(128)} constant(1)
+  %before = (bf16[4,8]{1,0}, u32[]{:T(128)}) tuple(%a, %one)
+  %while.1 = (bf16[4,8]{1,0}, u32[]{:T(128)}) while(%before), condition=%windowed_cond, body=%windowed_body
+  ROOT %fusion.1 = f32[2,4]{1,0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_loops_and_sums_are_read():
+    found = hlo.Program(TPU_TEXT).collectives()
+    assert found["collective-permute"] == hlo.Collective(4, 4 * 4 * 8 * 2)  # 1, 3, 5, 7
+    assert found["reduce-scatter"] == hlo.Collective(1, 16 * 4 * 4) and "all-reduce" not in found
+    from_0 = TPU_TEXT.replace("%one = u32[]{:T(128)} constant(1)", "%one = u32[]{:T(128)} constant(0)")
+    by_1 = from_0.replace("%two = u32[]{:T(128)} constant(2)", "%two = u32[]{:T(128)} constant(1)")
+    assert hlo.Program(from_0).collectives()["collective-permute"].count == 4  # 0, 2, 4, 6
+    assert hlo.Program(by_1).collectives()["collective-permute"].count == 8
 
 
 def step_of(config, devices):
@@ -229,7 +305,7 @@ def test_a_step_is_compiled_and_reported(monkeypatch, devices):
     )  # fmt: skip
     found = forecast.compiled(config, hardware("v5e:2x4"))
     assert found.fits and found.argument_bytes > 0 and found.temporary_bytes > 0
-    assert found.peak_bytes >= found.argument_bytes
+    assert found.peak_bytes >= found.argument_bytes + found.temporary_bytes
     assert (found.attention, found.execution, found.contexts) == ("xla", "ring", 8)  # the most of the schedule
     assert found.mesh == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     for text in ("v5e:2x4: 8 chips", "data 2, fsdp 4", "8 other windows, ring", "collective-permute"):

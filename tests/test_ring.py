@@ -11,7 +11,7 @@ import numpy as np
 import numpy_reference
 import pytest
 
-from fot_jax import crossbatch, model, sharding
+from fot_jax import attention, crossbatch, model, sharding
 from fot_jax.config import ModelConfig
 
 T = 8
@@ -62,6 +62,33 @@ def test_every_scheme_is_the_float64_model(name, with_segments, execution, mesh_
 @pytest.mark.parametrize("name, with_segments", [(name, name in ("published", "blocks")) for name in PLANS])
 def test_every_scheme_is_the_float64_model_on_other_meshes(name, with_segments, execution, mesh_name, devices):
     check(name, with_segments, execution, mesh_name, devices)
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+@pytest.mark.parametrize("execution", ["concatenate", "ring"])
+def test_splash_reads_contexts_as_xla_does(execution, ways, devices):
+    """Interpreted; with padding, and rows that see fewer contexts than others."""
+    rng, plan, length = np.random.default_rng(5), crossbatch.published_plan(4, 2), 128
+    q, do = (jnp.asarray(rng.standard_normal((4, 2, length, 16)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((4, 1, length, 16)), jnp.float32) for _ in range(2))
+    ids = np.ones((4, length), np.int32)
+    ids[0, 100:], ids[1, :20], ids[2, 60:] = 0, 0, 2
+    angles = attention.rotary_angles(length, 16, 100.0)
+
+    def value(kernel, q, k, v):
+        options = dict(scale=0.25, kernel=kernel, execution=execution)
+        o = crossbatch.crossbatch_attention(plan, q, k, v, angles, jnp.asarray(ids), **options)
+        real = jnp.asarray(ids > 0)[:, None, :, None]
+        return jnp.sum(jnp.where(real, o * do, 0.0)), jnp.where(real, o, 0.0)
+
+    with jax.set_mesh(sharding.make_mesh({"data": ways}, devices[:ways])):
+        found, wanted = (
+            jax.jit(jax.value_and_grad(value, argnums=(1, 2, 3), has_aux=True), static_argnums=0)(kernel, q, k, v)
+            for kernel in ("splash", "xla")
+        )
+    np.testing.assert_allclose(found[0][1], wanted[0][1], atol=1e-5)
+    for got, want in zip(found[1], wanted[1], strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
 def check(name, with_segments, execution, mesh_name, devices):

@@ -17,7 +17,7 @@ import optax
 import pytest
 import toy
 
-from fot_jax import checkpoint, crossbatch, metrics, model, run_config, training
+from fot_jax import checkpoint, crossbatch, metrics, model, run_config, sharding, training
 from fot_jax.config import ModelConfig, named
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -399,6 +399,15 @@ def test_microbatches_of_several_processes_hold_whole_documents(rows, kind, monk
     bad = toy.config(batch__rows=rows, batch__accumulate=2, crossbatch__kind=kind, crossbatch__packing=2)
     with pytest.raises(ValueError, match=f"batch.rows is {rows} with batch.accumulate 2, 4 processes"):
         run_config.check_batch(bad, run_config.model_config(bad), ways)
+
+
+def test_rows_that_other_processes_have_are_refused(monkeypatch, devices):
+    """All devices here are those of process 0."""
+    mesh = sharding.make_mesh({"data": 8}, devices)
+    training._check_rows(mesh, 16)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 0 of 2 has devices for rows 0, 1, .* of 16; wanted rows 0 to 7"):
+        training._check_rows(mesh, 16)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
