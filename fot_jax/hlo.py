@@ -82,8 +82,9 @@ class Program:
             fused = within is not None
             if kind in COLLECTIVES:
                 operands = sum(x.nbytes for name in one.operands if name in inside for x in inside[name].results)
-                # A start's results hold its operands too.
-                results = sum(x.nbytes for x in one.results) - (operands if one.op != kind else 0)
+                # A start's results hold its operands too, and numbers that it is known by.
+                results = sum(x.nbytes for x in one.results if x.shape or one.op == kind)
+                results -= operands if one.op != kind else 0
                 # A TPU's program cuts a collective into pieces, fused with what is computed meanwhile: of one channel.
                 channel = re.search(r"channel_id=\d+", one.text) if fused else None
                 pairs = re.search(r"source_target_pairs=\S+", one.text)
