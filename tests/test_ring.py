@@ -64,8 +64,7 @@ def test_every_scheme_is_the_float64_model_on_other_meshes(name, with_segments, 
     check(name, with_segments, execution, mesh_name, devices)
 
 
-@pytest.mark.parametrize("ways", [1, 2])
-@pytest.mark.parametrize("execution", ["concatenate", "ring"])
+@pytest.mark.parametrize(("execution", "ways"), [("concatenate", 1), ("ring", 2)])
 def test_splash_reads_contexts_as_xla_does(execution, ways, devices):
     """Interpreted; with padding, and rows that see fewer contexts than others."""
     rng, plan, length = np.random.default_rng(5), crossbatch.published_plan(4, 2), 128
