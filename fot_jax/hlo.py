@@ -79,14 +79,13 @@ class Program:
         found: dict[Any, tuple[str, int, int]] = {}
         for number, (one, inside, times, within) in enumerate(self._executed()):
             kind = one.op.removesuffix("-start")
-            fused = within is not None
             if kind in COLLECTIVES:
                 operands = sum(x.nbytes for name in one.operands if name in inside for x in inside[name].results)
                 # A start's results hold its operands too, and numbers that it is known by.
                 results = sum(x.nbytes for x in one.results if x.shape or one.op == kind)
                 results -= operands if one.op != kind else 0
                 # A TPU's program cuts a collective into pieces, fused with what is computed meanwhile: of one channel.
-                channel = re.search(r"channel_id=\d+", one.text) if fused else None
+                channel = re.search(r"channel_id=\d+", one.text) if within else None
                 pairs = re.search(r"source_target_pairs=\S+", one.text)
                 key = (kind, channel[0], pairs and pairs[0]) if channel else number
                 before = found.get(key, (kind, 0, 0))

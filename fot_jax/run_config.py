@@ -363,12 +363,11 @@ def set_hardware(config: ConfigDict, text: str) -> None:
     per_slice, rows = chips.chips // chips.slices, config.batch.rows
     tokens = 4096 * 2 ** int(math.log2(chips.chip.nbytes / 16e9))
     at_once = chips.chips * max(1, tokens // batch_length(config, model))
-    config.batch.accumulate = max(1, rows // at_once) if rows % at_once == 0 else 1
-    while (
-        config.batch.accumulate > 1 and rows // config.batch.accumulate % layout(config)[1]
-    ):  # a microbatch holds whole documents
-        config.batch.accumulate = max(1, config.batch.accumulate // 2)
-    rows //= config.batch.accumulate * chips.slices
+    parts = max(1, rows // at_once) if rows % at_once == 0 else 1
+    while parts > 1 and rows // parts % layout(config)[1]:  # a microbatch holds whole documents
+        parts //= 2
+    config.batch.accumulate = parts
+    rows //= parts * chips.slices
     fsdp = math.gcd(per_slice, math.gcd(model.d_model, rows))
     config.hardware = text
     config.mesh.update(data=chips.slices, fsdp=fsdp, tensor=per_slice // fsdp)
