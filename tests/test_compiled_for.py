@@ -22,7 +22,7 @@ from fot_jax.memory.stored import empty
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
-NO_GPU = importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+NO_GPU = importlib.util.find_spec("jax_cuda13_plugin") is None
 NO_TPU = importlib.util.find_spec("libtpu") is None
 SMALL = {
     "model.size": "", "model.d_model": 512, "model.d_ff": 1024, "model.n_layers": 8, "model.n_heads": 4,
