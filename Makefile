@@ -22,7 +22,7 @@ test: $(DEV_STAMP)
 	$(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
 
 nightly: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest -q -n 2 -m "" $(ARGS)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=3" $(VENV)/bin/python -m pytest -q -n 2 -m "" $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .

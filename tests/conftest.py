@@ -6,8 +6,14 @@ import os
 
 # Before jax is imported: both are read once, at start-up.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+FLAGS = {"xla_force_host_platform_device_count": 8}
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of the tests' time is compilation, and half of that is LLVM's optimisations. What XLA does comes before them
+    # and is tested as it is; `make nightly` tests with both.
+    FLAGS["xla_backend_optimization_level"] = 0
+given = os.environ.get("XLA_FLAGS", "")
+missing = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
 import hypothesis
 import jax
