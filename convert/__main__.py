@@ -36,7 +36,7 @@ from convert import writers
 from fot_jax import checkpoint, files, formats
 from fot_jax.config import FLOAT_DTYPES, MEMORY_DTYPES, SIZES, named
 from fot_jax.formats import easylm
-from fot_jax.host import one_line, row
+from fot_jax.host import one_line, row, size
 
 EXIT_NOT_VERIFIED, EXIT_ERROR = 1, 2
 
@@ -97,9 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    size = named(args.size) if args.size else None
-    source = formats.open_checkpoint(args.source, size=size, window=args.window)
-    if size and source.layout is not easylm.LAYOUT:
+    stated = named(args.size) if args.size else None
+    source = formats.open_checkpoint(args.source, size=stated, window=args.window)
+    if stated and source.layout is not easylm.LAYOUT:
         raise ValueError(
             f"--size is for EasyLM's checkpoints; {args.source} is {source.layout.format}'s and says its own"
         )
@@ -120,13 +120,13 @@ def _convert(args: argparse.Namespace) -> int:
     results = {"plan": plan.summary()}
     if args.destination is not None:
         room = _check_destination(args.destination, plan, overwrite=args.overwrite)
-        print(row("disk needed", f"{planning.size(plan.nbytes)}, {planning.size(room)} are free"), flush=True)
+        print(row("disk needed", f"{size(plan.nbytes)}, {size(room)} are free"), flush=True)
         if room < plan.nbytes and not args.plan:
             raise OSError(
                 f"{args.destination}: the result needs {plan.nbytes:,} bytes, the disk has {room:,}; wanted more room"
             )
     else:
-        print(row("disk needed", planning.size(plan.nbytes)))
+        print(row("disk needed", size(plan.nbytes)))
     passed = True
     if not args.plan:
         with files.beside(args.destination) as partial:
@@ -136,7 +136,7 @@ def _convert(args: argparse.Namespace) -> int:
             seconds = time.perf_counter() - start
             results["seconds"], results["bytes"], results["tokenizer"] = seconds, plan.nbytes, tokenizer
             print(row("tokenizer", ", ".join(tokenizer) or "none"))
-            print(row("took", f"{seconds:.1f} s, {planning.size(plan.nbytes / seconds)}/s"), flush=True)
+            print(row("took", f"{seconds:.1f} s, {size(plan.nbytes / seconds)}/s"), flush=True)
             if args.verify:
                 from convert.verify import verify
 
@@ -224,8 +224,8 @@ def _progress(total: int) -> Iterator:
         bar.update(nbytes)
         if bar.disable and time.perf_counter() - said > 10:
             said = time.perf_counter()
-            rate = planning.size(done / (said - start))
-            print(f"converting: {planning.size(done)} of {planning.size(total)}, {rate}/s", file=sys.stderr)
+            rate = size(done / (said - start))
+            print(f"converting: {size(done)} of {size(total)}, {rate}/s", file=sys.stderr)
 
     with bar:
         yield progress

@@ -14,7 +14,7 @@ from fot_jax.config import FLOAT_DTYPES, ModelConfig
 from fot_jax.formats import hf
 from fot_jax.formats.layout import AXES, OURS, Entry, table
 from fot_jax.formats.source import Source, Tensor, cast
-from fot_jax.host import row
+from fot_jax.host import row, size
 
 TARGETS = ("orbax", "hf", "hf-llama")
 DEVICE_GIB = (16, 80)  # of devices for which the plan says how much memory they have room for
@@ -160,14 +160,6 @@ class Plan:
         }
         lines = [*rows.items(), *(("note", note) for note in self.notes)]
         return "\n".join(row(name, value) for name, value in lines)
-
-
-def size(nbytes: int) -> str:
-    """'6.85 GB', '226.7 kB'."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:,.2f} {unit}"
-    return f"{nbytes / 1e3:,.1f} kB"
 
 
 def make_plan(

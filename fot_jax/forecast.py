@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fot_jax import attention, crossbatch, hlo, model, run_config, sharding, training
+from fot_jax import attention, crossbatch, hlo, run_config, sharding, training
 from fot_jax.config import ModelConfig
 from fot_jax.hardware import Hardware
-from fot_jax.host import row
+from fot_jax.host import row, size
 from fot_jax.metrics import flops_per_token
 
 
@@ -92,8 +92,8 @@ class Arithmetic:
             "FLOPs a token": f"{self.flops_per_token / 1e9:,.2f} GFLOP, forward and backward",
             "tokens/s": f"{self.tokens_per_second:,.0f} at {self.share:.0%} of peak",
             "run": f"{self.steps:,} steps, {self.tokens / 1e9:,.2f} G tokens, {self.days:,.2f} days",
-            **{f"chip, {kind}": _gb(n) for kind, n in self.nbytes.items()},
-            "chip, all": f"{_gb(total)} of {_gb(chip.nbytes)}{'' if total <= chip.nbytes else ': DOES NOT FIT'}",
+            **{f"chip, {kind}": size(n) for kind, n in self.nbytes.items()},
+            "chip, all": f"{size(total)} of {size(chip.nbytes)}{'' if total <= chip.nbytes else ': DOES NOT FIT'}",
         }
         return _table(rows)
 
@@ -114,36 +114,31 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
     mesh = sharding.abstract_mesh(config.mesh, chips.chips, chips.slices)
     _check_mesh(mesh, chips)
     run_config.check_batch(config, model_config, mesh.shape)
-    optimizer = run_config.make_optimizer(config)
-    state = jax.eval_shape(lambda: training.new_state(model.init_params(model_config, jax.random.key(0)), optimizer))
-    places = training.state_shardings(mesh, state)
-    held = lambda tree, where: sum(
-        math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
-        for x, place in zip(jax.tree.leaves(tree), jax.tree.leaves(where), strict=True)
+    state = training.programs(config, model_config, mesh).state
+    held = lambda tree: sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
-    params = held(state.params, places.params)
-    plans = _plans(config)
+    params = held(state.params)
     length, how = run_config.batch_length(config, model_config), _how(config, model_config, chips)
     nbytes = {
         "parameters": params,
-        "optimizer state": held(state.opt_state, places.opt_state),
+        "optimizer state": held(state.opt_state),
         # Of microbatches the sum so far, and those of one.
         "gradients": params * (2 if config.batch.accumulate > 1 else 1),
         **_activations(config, model_config, mesh.shape),
         "crossbatch": _contexts(how, length, model_config, mesh.shape),
     }
-    flops = max(flops_per_token(model_config, plan, length) for plan in plans)
     return Arithmetic(
         hardware=chips,
         mesh=dict(mesh.shape),
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
         rows=config.batch.rows,
         length=length,
-        contexts=max(max(plan.seen, default=0) if plan else 0 for plan in plans),
+        contexts=max(max(plan.seen, default=0) if plan else 0 for plan in how.plans),
         accumulate=config.batch.accumulate,
         attention=how.kernel,
         execution=how.execution,
-        flops_per_token=flops,
+        flops_per_token=max(flops_per_token(model_config, plan, length) for plan in how.plans),
         steps=config.steps,
         tokens=config.steps * config.batch.rows * length,
         nbytes=nbytes,
@@ -167,11 +162,6 @@ def _check_mesh(mesh: Any, chips: Hardware) -> None:
         )
 
 
-def _plans(config: ConfigDict) -> list[Any]:
-    """The crossbatch plan for each of the numbers of contexts that the schedule chooses among."""
-    return [run_config.make_plan(config, contexts) for contexts in config.crossbatch.contexts]
-
-
 def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int]) -> dict[str, int]:
     """Bytes on a chip of what a step computes."""
     ways, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
@@ -193,14 +183,19 @@ class _How(NamedTuple):
     """How a run's memory layers read.
 
     Attributes:
-        plan: the one with the most contexts of the schedule.
+        plans: the crossbatch plan for each of the numbers of contexts that the schedule chooses among.
         kernel: that computes attention.
-        together: contexts read together; 0 for a ring.
+        together: contexts read together under the largest plan; 0 for a ring.
     """
 
-    plan: crossbatch.Plan | None
+    plans: tuple[crossbatch.Plan | None, ...]
     kernel: str
     together: int
+
+    @property
+    def plan(self) -> crossbatch.Plan | None:
+        """The one with the most contexts."""
+        return max(self.plans, key=lambda plan: plan.n_contexts if plan else 0)
 
     @property
     def contexts(self) -> int:
@@ -214,11 +209,13 @@ class _How(NamedTuple):
 
 
 def _how(config: ConfigDict, c: ModelConfig, chips: Hardware) -> _How:
-    length, plans = run_config.batch_length(config, c), _plans(config)
-    plan = max(plans, key=lambda plan: plan.n_contexts if plan else 0)
+    length = run_config.batch_length(config, c)
+    plans = tuple(run_config.make_plan(config, contexts) for contexts in config.crossbatch.contexts)
     kernel = attention.kernel(config.attention, length, c.head_size, c.dtypes.compute, chips.platform)
-    together = crossbatch.together(plan, length, config.crossbatch.execution, chips.platform) if plan else 0
-    return _How(plan, kernel.name, together)
+    how = _How(plans, kernel.name, 0)
+    if how.plan is None:
+        return how
+    return how._replace(together=crossbatch.together(how.plan, length, config.crossbatch.execution, chips.platform))
 
 
 def _contexts(how: _How, length: int, c: ModelConfig, mesh: dict[str, int]) -> int:
@@ -286,12 +283,12 @@ class Compiled:
             "batch": _batch(self),
             "attention": self.attention,
             "crossbatch": f"{self.contexts} other windows, {self.execution}" if self.contexts else "none",
-            "chip, arguments": _gb(self.argument_bytes),
-            "chip, temporaries": _gb(self.temporary_bytes),
-            "chip, program": _gb(self.code_bytes),
-            "chip, peak": f"{_gb(self.peak_bytes)} of {_gb(self.hardware.chip.nbytes)}"
+            "chip, arguments": size(self.argument_bytes),
+            "chip, temporaries": size(self.temporary_bytes),
+            "chip, program": size(self.code_bytes),
+            "chip, peak": f"{size(self.peak_bytes)} of {size(self.hardware.chip.nbytes)}"
             + ("" if self.fits else ": DOES NOT FIT"),
-            **{kind: f"{one.count:,} a step, {_gb(one.nbytes)} a chip" for kind, one in self.collectives.items()},
+            **{kind: f"{one.count:,} a step, {size(one.nbytes)} a chip" for kind, one in self.collectives.items()},
             "compiled in": f"{self.seconds:,.0f} s",
         }
         return _table(rows)
@@ -376,10 +373,6 @@ def _batch(of: Arithmetic | Compiled) -> str:
 
 def _mesh(mesh: dict[str, int]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1) or "one chip"
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:,.2f} GB"
 
 
 def _table(rows: dict[str, str]) -> str:

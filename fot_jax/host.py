@@ -15,6 +15,14 @@ def row(name: str, value: object, width: int = 14) -> str:
     return f"{name:{width}s} {printable(value)}"
 
 
+def size(nbytes: float) -> str:
+    """'6.85 GB', '226.7 kB'."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:,.2f} {unit}"
+    return f"{nbytes / 1e3:,.1f} kB"
+
+
 def one_line(error: BaseException) -> str:
     """An error's message as one line for a terminal."""
     return printable(" ".join(str(error).split()))

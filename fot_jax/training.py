@@ -311,8 +311,9 @@ class Programs(NamedTuple):
     evaluate: Any
 
 
-def programs(config: ConfigDict, model_config: ModelConfig, mesh: jax.sharding.Mesh) -> Programs:
-    """The programs of a run, jitted but not compiled; within `jax.set_mesh(mesh)`, whose devices need not be there.
+def programs(config: ConfigDict, model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> Programs:
+    """The programs of a run, jitted but not compiled; within `jax.set_mesh(mesh)`, whose devices need not be there. An
+    abstract mesh is enough for shapes and places.
 
     Raises:
         ValueError: parameters that the mesh does not divide, or are not in the table.
