@@ -15,7 +15,7 @@ one softmax.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -356,14 +356,28 @@ def crossbatch_forward(
 
 def layers(config: ModelConfig, params: Params) -> list[Params]:
     """The blocks one by one, in order: slices of the stacks."""
-    out = []
+    return [block(i) for numbers, block in _runs(config, params) for i in range(len(numbers))]
+
+
+def _runs(config: ModelConfig, params: Params) -> Iterator[tuple[range, Callable[[Array | int], Params]]]:
+    """The layers in order, plain ones that follow one another together: their numbers, and a function that cuts the
+    block of the i-th of them out of the stack (a slice of the stack for a loop to scan would be copied first).
+    """
+    number = 0
     for i, segment in enumerate(config.segments):
         stacks = params[f"segment_{i}"]
         for r in range(segment.repeats):
-            out += [jax.tree.map(lambda x, r=r, p=p: x[r, p], stacks["plain"]) for p in range(segment.plain)]
-            if segment.memory:
-                out.append(jax.tree.map(lambda x, r=r: x[r], stacks["memory"]))
-    return out
+            for kind, n in (("plain", segment.plain), ("memory", int(segment.memory))):
+                if n == 0:
+                    continue
+
+                def block(i: Array | int, stack=stacks[kind], start=r * n, nested=int(kind == "plain")) -> Params:
+                    flat = lambda x: x.reshape(-1, *x.shape[1 + nested :])
+                    cut = lambda x: jax.lax.dynamic_index_in_dim(flat(x), start + i, keepdims=False)
+                    return jax.tree.map(cut, stack)
+
+                yield range(number, number + n), block
+                number += n
 
 
 def read_window(
@@ -384,8 +398,8 @@ def read_window(
         reading: how memory is read.
 
     Returns:
-        hidden [B, T, D] as from `forward`; the tokens' un-rotated keys and values, [B, G, K, T] for each layer, to be
-        appended to whichever cache they belong to.
+        hidden [B, T, D] as from `forward`; the tokens' un-rotated keys and values, [B, G, K, T] for each of
+        `config.mem_layers`, to be appended to memory.
     """
     T = tokens_BT.shape[1]
     visible_BTT = attention.causal_mask(T)
@@ -397,7 +411,18 @@ def read_window(
         q, k = turn(q_BHTK, angles), turn(k_BGTK, angles)
         return q, attention.attend(q, k, v_BGTK, visible_BTT, scale=score_scale(config))
 
-    return _inference_layers(config, params, layers(config, params), tokens_BT, attend, mem, reading)
+    layer = _inference_layer(config, attend, mem, reading)
+    x_BTD, keys, values = embed(config, params, tokens_BT), [], []
+    for numbers, block in _runs(config, params):
+        one = lambda x_BTD, i, numbers=numbers, block=block: layer(numbers[0], x_BTD, block(i))
+        if len(numbers) > 1:
+            # One body for all of them, whose keys and values nobody needs.
+            x_BTD, _ = jax.lax.scan(lambda x_BTD, i, one=one: (one(x_BTD, i)[0], None), x_BTD, jnp.arange(len(numbers)))
+            continue
+        x_BTD, (k_BGKT, v_BGKT) = one(x_BTD, 0)
+        if numbers[0] in config.mem_layers:
+            keys, values = [*keys, k_BGKT], [*values, v_BGKT]
+    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps), tuple(keys), tuple(values)
 
 
 def extend_window(
@@ -440,8 +465,12 @@ def extend_window(
         before = rotated[layer], local.values[layer], filled_BTS
         return q, attention.attend(q, *before, now, scale=score_scale(config), slots_last=True)
 
-    blocks = layers(config, params) if blocks is None else blocks
-    hidden_BTD, keys, values = _inference_layers(config, params, blocks, tokens_BT, attend, mem, reading, watch)
+    layer = _inference_layer(config, attend, mem, reading, watch)
+    x_BTD, keys, values = embed(config, params, tokens_BT), [], []
+    for number, block in enumerate(layers(config, params) if blocks is None else blocks):
+        x_BTD, (k_BGKT, v_BGKT) = layer(number, x_BTD, block)
+        keys, values = [*keys, k_BGKT], [*values, v_BGKT]
+    hidden_BTD = rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps)
     # Only this zero makes the append wait for the last read of the cache; without it, it is made in a copy.
     zero_B = jnp.minimum(jnp.argmax(hidden_BTD[:, 0], axis=-1), 0).astype(jnp.int32)
     local = dataclasses.replace(local, length_B=local.length_B + zero_B)
@@ -464,30 +493,25 @@ def _turn(config: ModelConfig, layer: int) -> Callable[..., Array]:
     return attention.rotate if rotates else (lambda x, angles, slots_last=False: x)
 
 
-def _inference_layers(
+def _inference_layer(
     config: ModelConfig,
-    params: Params,
-    blocks: list[Params],
-    tokens_BT: Array,
     attend: Callable[..., tuple[Array, attention.Partial]],
     mem: memory.Cache | memory.Pages,
     reading: memory.Reading,
     watch: Callable[[int, Array], None] | None = None,
-) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Embedding, layers and last norm: hidden [B, T, D]; un-rotated keys and values, [B, G, K, T] for each layer.
+) -> Callable[[int, Array, Params], tuple[Array, tuple[Array, Array]]]:
+    """(number, x [B, T, D], block) -> the layer's output [B, T, D]; un-rotated keys and values [B, G, K, T].
 
     Args:
         attend: (layer, rotation that the layer applies, q, k, v) -> (the queries that memory is read with, the partial
             over the open window).
     """
-    keys_values = []
-    x_BTD = embed(config, params, tokens_BT)
-    for number, block in enumerate(blocks):
-        m = config.mem_layers.index(number) if number in config.mem_layers else None
-        turn = _turn(config, number)
 
-        def with_memory(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array, number=number, m=m, turn=turn) -> Array:
-            q, *partials = attend(number, turn, q_BHTK, k_BGTK, v_BGTK)
+    def layer(number: int, x_BTD: Array, block: Params) -> tuple[Array, tuple[Array, Array]]:
+        m = config.mem_layers.index(number) if number in config.mem_layers else None
+
+        def with_memory(q_BHTK: Array, k_BGTK: Array, v_BGTK: Array) -> Array:
+            q, *partials = attend(number, _turn(config, number), q_BHTK, k_BGTK, v_BGTK)
             if m is not None and watch is not None:
                 watch(m, q)
             if m is not None and mem.capacity:
@@ -495,7 +519,7 @@ def _inference_layers(
                 partials.append(memory.read(reading, q, *arrays, scale=score_scale(config), **lies))
             return attention.merge(*partials).o_BHTK.astype(q.dtype)
 
-        x_BTD, new = Block(config).apply({"params": block}, x_BTD, with_memory)
-        keys_values.append([jnp.swapaxes(x_BGTK, 2, 3) for x_BGTK in new])
-    keys, values = zip(*keys_values, strict=True)
-    return rms_norm(x_BTD, params["norm"]["scale"], config.norm_eps), keys, values
+        x_BTD, (k_BGTK, v_BGTK) = Block(config).apply({"params": block}, x_BTD, with_memory)
+        return x_BTD, (jnp.swapaxes(k_BGTK, 2, 3), jnp.swapaxes(v_BGTK, 2, 3))
+
+    return layer

@@ -184,8 +184,7 @@ def test_a_window_read_in_pieces_is_the_window_read_at_once(changes):
     @jax.jit
     def read(tokens_BT, mem, count_B):
         hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem)
-        mine = [layer for layer in range(config.n_layers) if layer in config.mem_layers]
-        return hidden, memory.append(mem, [keys[i] for i in mine], [values[i] for i in mine], count_B)
+        return hidden, memory.append(mem, keys, values, count_B)
 
     extend = jax.jit(lambda tokens_BT, local: model.extend_window(config, params, tokens_BT, mem=mem, local=local))
     # Row 1 remembers three tokens only.

@@ -135,7 +135,7 @@ def _step(config, params, tokens_BT, targets_BT, valid_BT, mem, keep, *, reading
     log_p = jax.nn.log_softmax(model.logits(config, params, hidden))
     loss_BT = -jnp.take_along_axis(log_p, targets_BT[..., None], axis=-1)[..., 0]
     if mem.capacity:
-        mem = remember(config, mem, keys, values, valid_BT)
+        mem = remember(mem, keys, values, valid_BT)
         mem = memory.evict_oldest(mem, jnp.maximum(mem.length_B - keep, 0))
     return mem, loss_BT
 

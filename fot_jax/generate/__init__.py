@@ -55,17 +55,12 @@ def _check_tokens(config: ModelConfig, tokens_BT: Any, last_context_length: int 
     return np.where(mask_BT, tokens_BT, 0).astype(np.int32), mask_BT, c
 
 
-def _memory_layers(config: ModelConfig, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(arrays[layer] for layer in config.mem_layers)
-
-
 def remember(
-    config: ModelConfig, mem: memories.Cache | memories.Pages, keys: tuple, values: tuple, valid_BT: Array | None
+    mem: memories.Cache | memories.Pages, keys: tuple, values: tuple, valid_BT: Array | None
 ) -> memories.Cache | memories.Pages:
-    """Memory with a window's keys and values (one array for each of the model's layers) behind what it holds;
-    padding is left out.
+    """Memory with a window's keys and values (one array for each of its layers) behind what it holds; padding is left
+    out.
     """
-    keys, values = _memory_layers(config, keys), _memory_layers(config, values)
     if valid_BT is None:
         return memories.append(mem, keys, values)
     both = memories.compact((*keys, *values), valid_BT)
@@ -96,7 +91,7 @@ def prefill_window(
     """
     hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
     out = model.logits(config, params, hidden) if with_logits else None
-    return memories.constrain(remember(config, mem, keys, values, valid_BT)), out
+    return memories.constrain(remember(mem, keys, values, valid_BT)), out
 
 
 # In place where nobody needs the memory before; differentiation does (see memory.dense for how far it goes).
@@ -416,7 +411,7 @@ def make_room(
     size = _spilled(local.capacity, spill)
     full_B = local.length_B >= local.capacity
     count_B = jnp.where(full_B if grows_B is None else full_B & grows_B, size, 0)
-    oldest = lambda arrays: tuple(x[..., :size] for x in _memory_layers(config, arrays))
+    oldest = lambda arrays: tuple(arrays[layer][..., :size] for layer in config.mem_layers)
     room = lambda mem: memories.append(mem, oldest(local.keys), oldest(local.values), count_B)
     full = jnp.any(count_B > 0)
     mem = jax.lax.cond(full, room, lambda mem: mem, mem)
