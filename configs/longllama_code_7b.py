@@ -8,7 +8,7 @@ After the file's name comes what it runs on; see longllama_3b.py. Windows are Co
 billion tokens, most of them code (StarCoder data, RedPajama, RefinedWeb); the weights below are ours.
 
 256K tokens a step, 133514 steps, 35 billion tokens of 45.3 GFLOP each. With half of the chips' peak (`--plan`): 17.5
-hours on v5e:16x16, 70 on v5e:8x8 and 2*v5e:4x8, 50 on v4:4x4x4, 30 on v5p:4x4x4, 15 on v6e:8x8, 109 on h100:8. Not
+hours on v5e:16x16, 70 on v5e:8x8 and 2*v5e:4x8, 50 on v4:4x4x4, 30 on v5p:4x4x4, 15 on v6e:8x8, 111 on h100:8. Not
 trained by this project.
 """
 
