@@ -7,7 +7,9 @@ made.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import math
 import os
 import time
@@ -119,7 +121,7 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
     params = held(state.params)
-    length, how = run_config.batch_length(config, model_config), _how(config, model_config, chips)
+    length, how = run_config.batch_length(config, model_config), _how(config, model_config, chips.platform)
     nbytes = {
         "parameters": params,
         "optimizer state": held(state.opt_state),
@@ -171,9 +173,12 @@ def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int]) -> di
     # With nothing recomputed a layer keeps what its products and norms read.
     layer = 4 * c.d_model + (heads + c.n_heads * c.head_size + 3 * c.d_ff) // tensor
     kept = {"full": c.d_model, "dots": c.d_model + (heads + c.d_model + 3 * c.d_ff) // tensor, "none": layer}
+    # Layers that read contexts keep their output and its log-sum-exp, whatever is recomputed.
+    reads = len(c.mem_layers) if config.crossbatch.kind != "none" and config.remat != "none" else 0
+    read = c.n_heads * (c.head_size * compute + 4) // tensor
     chunk = min(config.loss_chunk or config.batch.rows * run_config.batch_length(config, c), tokens * ways) // ways
     return {
-        "activations kept": c.n_layers * tokens * kept[config.remat] * compute,
+        "activations kept": tokens * (c.n_layers * kept[config.remat] * compute + reads * read),
         "a layer's work": 2 * tokens * layer * compute,
         "logits": 2 * chunk * c.vocab_size // tensor * 4,
     }
@@ -208,14 +213,14 @@ class _How(NamedTuple):
         return "concatenate" if self.together else "ring"
 
 
-def _how(config: ConfigDict, c: ModelConfig, chips: Hardware) -> _How:
+def _how(config: ConfigDict, c: ModelConfig, platform: str) -> _How:
     length = run_config.batch_length(config, c)
     plans = tuple(run_config.make_plan(config, contexts) for contexts in config.crossbatch.contexts)
-    kernel = attention.kernel(config.attention, length, c.head_size, c.dtypes.compute, chips.platform)
+    kernel = attention.kernel(config.attention, length, c.head_size, c.dtypes.compute, platform)
     how = _How(plans, kernel.name, 0)
     if how.plan is None:
         return how
-    return how._replace(together=crossbatch.together(how.plan, length, config.crossbatch.execution, chips.platform))
+    return how._replace(together=crossbatch.together(how.plan, length, config.crossbatch.execution, platform))
 
 
 def _contexts(how: _How, length: int, c: ModelConfig, mesh: dict[str, int]) -> int:
@@ -242,6 +247,7 @@ class Compiled:
         code_bytes: of the program.
         collectives: by kind, how many and how many bytes a chip takes or gives; see `hlo.Collective`.
         seconds: that compiling took.
+        versions: of JAX and the chips' compiler.
     """
 
     hardware: Hardware
@@ -258,6 +264,7 @@ class Compiled:
     code_bytes: int
     collectives: dict[str, hlo.Collective]
     seconds: float
+    versions: dict[str, str]
 
     @property
     def fits(self) -> bool:
@@ -289,7 +296,7 @@ class Compiled:
             "chip, peak": f"{size(self.peak_bytes)} of {size(self.hardware.chip.nbytes)}"
             + ("" if self.fits else ": DOES NOT FIT"),
             **{kind: f"{one.count:,} a step, {size(one.nbytes)} a chip" for kind, one in self.collectives.items()},
-            "compiled in": f"{self.seconds:,.0f} s",
+            "compiled in": f"{self.seconds:,.0f} s, by " + ", ".join(map(" ".join, self.versions.items())),
         }
         return _table(rows)
 
@@ -331,7 +338,7 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
     _check_mesh(mesh, chips)
     run_config.check_batch(config, model_config, mesh.shape)
     with jax.set_mesh(mesh):
-        programs, how = training.programs(config, model_config, mesh), _how(config, model_config, chips)
+        programs, how = training.programs(config, model_config, mesh), _how(config, model_config, sharding.platform())
         plan = how.plan and how.plan.dealt(sharding.ways("batch"))
         begin = time.perf_counter()
         try:
@@ -363,7 +370,17 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
         code_bytes=found.generated_code_size_in_bytes,
         collectives=hlo.Program(program.as_text()).collectives(),
         seconds=seconds,
+        versions=_versions("jax-cuda13-plugin" if chips.chip.gpu else "libtpu"),
     )
+
+
+def _versions(compiler: str) -> dict[str, str]:
+    """Of JAX and a chip's compiler, where it is a package."""
+    found = {}
+    for package in ("jax", "jaxlib", compiler):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def _batch(of: Arithmetic | Compiled) -> str:

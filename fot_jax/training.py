@@ -94,9 +94,25 @@ def chunked_head_sums(
     The gradient is taken chunk by chunk in the forward pass, while the chunk's logits are there: nothing is recomputed.
     Chunks are cut along time: every chunk has all rows, and keeps their sharding.
     """
-    chunks = _chunks(chunk, hidden_BTD, targets_BT, mask_BT)
+    chunks, params = _chunks(chunk, hidden_BTD, targets_BT, mask_BT), _gathered(params, hidden_BTD.dtype)
     sums = jax.lax.map(lambda arrays: head_sums(config, params, *arrays), chunks)
     return sums[0].sum(), sums[1].sum()
+
+
+def _gathered(params: PyTree, dtype: jax.typing.DTypeLike) -> PyTree:
+    """The head's parameters as products take them, each whole but for the split over `tensor`: gathered once for all
+    chunks.
+    """
+
+    def whole(path: tuple[Any, ...], x: Array) -> Array:
+        return sharding.constrain(x.astype(dtype), *(None if axis == "embed" else axis for axis in _logical(path)))
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def _logical(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Logical axes of a parameter."""
+    return sharding.PARAMETERS[tuple(key.key for key in path[-2:])]
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
@@ -112,17 +128,29 @@ def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
 
 
 def _chunked_forward(config, chunk, params, hidden_BTD, targets_BT, mask_BT):
+    B, T, D = hidden_BTD.shape
+    # Each of W devices sums its own rows' gradient of the head over all chunks, and then one sum goes over devices.
+    W = sharding.ways("batch")
     grad = jax.value_and_grad(functools.partial(head_sums, config), argnums=(0, 1), has_aux=True)
+    grad = jax.vmap(grad, in_axes=(None, 0, 0, 0))
+
+    def each(path: tuple[Any, ...], x: Array) -> Array:
+        return sharding.constrain(x, "batch", *(None if axis == "embed" else axis for axis in _logical(path)))
 
     def body(total, arrays):
-        (loss, right), (params_grad, hidden_grad) = grad(params, *arrays)
-        return jax.tree.map(jnp.add, total, (loss, right, params_grad)), hidden_grad
+        by_device = [x.reshape(W, B // W, *x.shape[1:]) for x in arrays]
+        (loss_W, right_W), (params_grad, hidden_grad) = grad(whole, *by_device)
+        total = jax.tree.map(jnp.add, total, (loss_W, right_W, params_grad))
+        return (*total[:2], jax.tree_util.tree_map_with_path(each, total[2])), hidden_grad.reshape(arrays[0].shape)
 
-    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    (loss, right, params_grad), hidden_grad = jax.lax.scan(body, zero, _chunks(chunk, hidden_BTD, targets_BT, mask_BT))
-    B, T, D = hidden_BTD.shape
+    whole, chunks = _gathered(params, hidden_BTD.dtype), _chunks(chunk, hidden_BTD, targets_BT, mask_BT)
+    zero = jax.tree.map(lambda x: jnp.zeros((W, *x.shape), x.dtype), (jnp.float32(0), jnp.float32(0), params))
+    (loss_W, right_W, params_grad), hidden_grad = jax.lax.scan(body, zero, chunks)
+    params_grad = jax.tree_util.tree_map_with_path(
+        lambda path, x: sharding.constrain(x.sum(axis=0), *_logical(path)), params_grad
+    )
     hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(B, -1, D)[:, :T]
-    return (loss, right), (params_grad, hidden_grad)
+    return (loss_W.sum(), right_W.sum()), (params_grad, hidden_grad)
 
 
 def _chunked_backward(config, chunk, grads, cotangents):

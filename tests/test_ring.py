@@ -22,7 +22,7 @@ PLANS = {
     "published": (crossbatch.published_plan(16, 5), {}),
     "stepping": (crossbatch.published_plan(16, 3, 4, True), {"n_kv_heads": 4}),
     "3b": (crossbatch.longllama_3b_plan(16), {}),
-    "7b": (crossbatch.longllama_7b_plan(16), {"n_kv_heads": 4}),
+    "7b": (crossbatch.longllama_7b_plan(16), {}),
     "blocks": (crossbatch.block_plan(16, 3), {"mem_positionals": False, "qk_norm": True, "tie_embeddings": True}),
     "all documents": (crossbatch.block_plan(16, 8), {"mem_layers": (1,)}),
     "two earlier windows": (crossbatch.block_plan(24, 5, windows=2), {"mem_positionals": False}),
@@ -57,11 +57,33 @@ def test_every_scheme_is_the_float64_model(name, with_segments, execution, mesh_
     check(name, with_segments, execution, mesh_name, devices)
 
 
+def test_contexts_side_by_side_come_from_other_devices_too(devices):
+    check("7b", False, "concatenate", "all", devices)
+    check("blocks", True, "concatenate", "all", devices)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("execution, mesh_name", [("concatenate", "data"), ("concatenate", "all"), ("ring", "data")])
 @pytest.mark.parametrize("name, with_segments", [(name, name in ("published", "blocks")) for name in PLANS])
 def test_every_scheme_is_the_float64_model_on_other_meshes(name, with_segments, execution, mesh_name, devices):
     check(name, with_segments, execution, mesh_name, devices)
+
+
+def test_a_rings_memory_is_the_same_for_any_number_of_contexts(devices):
+    mesh = sharding.make_mesh({"data": 8}, devices)
+    x_BHTK = jax.ShapeDtypeStruct((32, 2, 64, 16), np.float32, sharding=sharding.batch_sharding(mesh))
+
+    def temporaries(contexts, execution):
+        plan = crossbatch.block_plan(32, contexts).dealt(8)
+        read = functools.partial(crossbatch.crossbatch_attention, plan, scale=0.25, execution=execution)
+        loss = lambda q, k, v: read(q, k, v, None, None).sum()
+        with jax.set_mesh(mesh):
+            gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x_BHTK, x_BHTK, x_BHTK).compile()
+        return gradients.memory_analysis().temp_size_in_bytes
+
+    ring = temporaries(2, "ring")
+    assert temporaries(16, "ring") <= 1.01 * ring
+    assert temporaries(16, "concatenate") > 3 * ring
 
 
 @pytest.mark.parametrize(("execution", "ways"), [("concatenate", 1), ("ring", 2)])

@@ -111,6 +111,19 @@ def test_chunked_loss_equals_plain_in_value_and_gradient(chunk):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), grad, want_grad)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_chunked_loss_on_a_mesh_is_that_of_one_device(tied, devices):
+    params, hidden, targets, mask = head_case()
+    config = SMALL.replace(tie_embeddings=tied)
+    if tied:
+        params = {"embed": {"embedding": params["head"]["kernel"].T}}
+    grad = lambda sums: jax.jit(jax.value_and_grad(sums, (0, 1), has_aux=True))
+    want = grad(lambda *given: training.head_sums(config, *given, targets, mask))(params, hidden)
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2}, devices)):
+        found = grad(lambda *given: training.chunked_head_sums(config, 12, *given, targets, mask))(params, hidden)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, want)
+
+
 def test_chunked_loss_never_holds_all_logits():
     params, hidden, targets, mask = head_case()
 

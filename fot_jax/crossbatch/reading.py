@@ -99,8 +99,8 @@ def crossbatch_attention(
         kernel: what computes; see `attention.kernel`.
         execution: how contexts come to the rows that read them: "concatenate", all at once, and read as one source (on
             a CPU as sources of about 256 keys); "ring", one after another, each passed on from row to row, so that
-            however many there are a device holds one; "auto", whichever holds less, and on a CPU the ring where
-            contexts are many.
+            however many there are a device holds one and the next; "auto", the ring where there are more than two
+            contexts, on a CPU where there are many.
 
     Returns:
         [B, H, T, K] in the queries' dtype.
