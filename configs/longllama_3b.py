@@ -38,7 +38,6 @@ def get_config(hardware: str = "v5e:16x16") -> ConfigDict:
     config.batch.update(rows=128, separate="none")
     config.crossbatch.kind = "longllama_3b"
     config.remat = "full"
-    config.loss_chunk = 32768
     config.optimizer.update(name="adamw", learning_rate=2e-5, schedule="constant", warmup_steps=500, weight_decay=0.01)
     sources, weights, min_tokens = zip(*MIXTURE, strict=True)
     config.data.update(train=sources, weights=weights, min_tokens=min_tokens, skip_short=True)

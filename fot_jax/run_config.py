@@ -350,10 +350,11 @@ def set_hardware(config: ConfigDict, text: str) -> None:
     """Lays a run out on chips: each slice an equal part of the rows (data), whose chips hold the parameters in shares
     (fsdp); chips beyond the rows, or beyond what the model's width can be shared by, split heads, feed-forward and
     vocabulary (tensor). Where a chip would have more than 4096 tokens for each 16 GB of its memory (rounded down to a
-    power of two), or one row, rows come in microbatches.
+    power of two), or one row, rows come in microbatches. The loss takes 4096 tokens of each chip at a time: logits of
+    fewer would save less than the sum of the head's gradient over chunks takes.
 
     Args:
-        config: with model and batch stated; hardware, mesh and batch.accumulate are set.
+        config: with model and batch stated; hardware, mesh, batch.accumulate and loss_chunk are set.
         text: see `hardware.hardware`.
 
     Raises:
@@ -369,7 +370,7 @@ def set_hardware(config: ConfigDict, text: str) -> None:
     config.batch.accumulate = parts
     rows //= parts * chips.slices
     fsdp = math.gcd(per_slice, math.gcd(model.d_model, rows))
-    config.hardware = text
+    config.hardware, config.loss_chunk = text, 4096 * chips.slices * fsdp
     config.mesh.update(data=chips.slices, fsdp=fsdp, tensor=per_slice // fsdp)
 
 

@@ -200,7 +200,7 @@ def loss_sums(
     )
     key = "embed" if config.tie_embeddings else "head"
     arguments = ({key: params[key]}, hidden_BTD, batch["targets"], mask_BT)
-    if options.loss_chunk:
+    if 0 < options.loss_chunk < mask_BT.size:
         loss, right = chunked_head_sums(config, options.loss_chunk, *arguments)
     else:
         loss, right = head_sums(config, *arguments)

@@ -161,6 +161,8 @@ def test_microbatches_hold_whole_documents():
     config = run_of("longllama_3b", "v5e:1x1")
     assert config.batch.rows // config.batch.accumulate == 4
     assert run_of("longllama_3b", "h100:8").batch.accumulate == 2  # a chip with more memory takes more rows at a time
+    assert run_of("longllama_3b", "h100:8").loss_chunk == 4096 * 8
+    assert run_of("longllama_3b", "v5e:16x16").loss_chunk == 4096 * 128  # tensor 2: half as many shares of the rows
 
 
 # Compiled programs.
