@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -78,6 +79,17 @@ def test_arithmetic_of_the_3b():
     assert found.nbytes["optimizer state"] == pytest.approx(2 * of_chip, abs=100)
     # And what layers that read contexts read, split by tensor: bfloat16, and a float32 log-sum-exp a head.
     assert found.nbytes["activations kept"] == L * T * D * 2 + 3 * T * (D * 2 + 32 * 4) // 2
+
+
+@pytest.mark.parametrize("name", ["longllama_3b", "longllama_7b", "longllama_code_7b"])
+def test_the_hours_that_a_configuration_states_are_those_of_the_plan(name):
+    header = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+    stated = re.findall(r"([\d.]+)(?:\s+hours)?\s+on\s+([\w*]+:[\dx]+(?:\s+and\s+[\w*]+:[\dx]+)*)", header)
+    assert len(stated) == 6  # two chips have the same number
+    for hours, several in stated:
+        for text in re.split(r"\s+and\s+", several):
+            found = 24 * forecast.arithmetic(run_of(name, text), hardware(text), 0.5).days
+            assert f"{found:.{len(hours.partition('.')[2])}f}" == hours, text
 
 
 @pytest.mark.parametrize(
