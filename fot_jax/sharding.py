@@ -247,10 +247,7 @@ def param_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
-        logical = PARAMETERS.get(names[-2:])
-        if logical is None:
-            raise ValueError(f"parameter {'/'.join(names)} of shape {leaf.shape} has no row in sharding.PARAMETERS")
+        names, logical = _of_parameter(path, leaf)
         stacked = (None,) * (leaf.ndim - len(logical))
         split = spec(*stacked, *logical)
         for size, axes in zip(leaf.shape, split, strict=True):
@@ -263,3 +260,29 @@ def param_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
         return NamedSharding(mesh, split)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def constrain_params(tree: Any, *before: str | None, gathered: bool = False) -> Any:
+    """Parameters of one layer or of none, or arrays of their shapes, told to lie as the table says; see `constrain`.
+
+    Args:
+        before: logical axes that arrays have in front of the parameter's own.
+        gathered: whole along what `fsdp` splits, as products take them.
+
+    Raises:
+        ValueError: a parameter that is not in the table.
+    """
+
+    def told(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        _, logical = _of_parameter(path, x)
+        return constrain(x, *before, *(None if gathered and axis == "embed" else axis for axis in logical))
+
+    return jax.tree_util.tree_map_with_path(told, tree)
+
+
+def _of_parameter(path: tuple[Any, ...], leaf: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A parameter's names, from the outermost, and its row of the table."""
+    names = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+    if names[-2:] not in PARAMETERS:
+        raise ValueError(f"parameter {'/'.join(names)} of shape {leaf.shape} has no row in sharding.PARAMETERS")
+    return names, PARAMETERS[names[-2:]]

@@ -100,19 +100,8 @@ def chunked_head_sums(
 
 
 def _gathered(params: PyTree, dtype: jax.typing.DTypeLike) -> PyTree:
-    """The head's parameters as products take them, each whole but for the split over `tensor`: gathered once for all
-    chunks.
-    """
-
-    def whole(path: tuple[Any, ...], x: Array) -> Array:
-        return sharding.constrain(x.astype(dtype), *(None if axis == "embed" else axis for axis in _logical(path)))
-
-    return jax.tree_util.tree_map_with_path(whole, params)
-
-
-def _logical(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Logical axes of a parameter."""
-    return sharding.PARAMETERS[tuple(key.key for key in path[-2:])]
+    """The head's parameters as products take them: gathered once for all chunks."""
+    return sharding.constrain_params(jax.tree.map(lambda x: x.astype(dtype), params), gathered=True)
 
 
 def _chunks(chunk: int, *arrays: Array) -> tuple[Array, ...]:
@@ -134,21 +123,17 @@ def _chunked_forward(config, chunk, params, hidden_BTD, targets_BT, mask_BT):
     grad = jax.value_and_grad(functools.partial(head_sums, config), argnums=(0, 1), has_aux=True)
     grad = jax.vmap(grad, in_axes=(None, 0, 0, 0))
 
-    def each(path: tuple[Any, ...], x: Array) -> Array:
-        return sharding.constrain(x, "batch", *(None if axis == "embed" else axis for axis in _logical(path)))
-
     def body(total, arrays):
         by_device = [x.reshape(W, B // W, *x.shape[1:]) for x in arrays]
         (loss_W, right_W), (params_grad, hidden_grad) = grad(whole, *by_device)
         total = jax.tree.map(jnp.add, total, (loss_W, right_W, params_grad))
-        return (*total[:2], jax.tree_util.tree_map_with_path(each, total[2])), hidden_grad.reshape(arrays[0].shape)
+        total = (*total[:2], sharding.constrain_params(total[2], "batch", gathered=True))
+        return total, hidden_grad.reshape(arrays[0].shape)
 
     whole, chunks = _gathered(params, hidden_BTD.dtype), _chunks(chunk, hidden_BTD, targets_BT, mask_BT)
     zero = jax.tree.map(lambda x: jnp.zeros((W, *x.shape), x.dtype), (jnp.float32(0), jnp.float32(0), params))
     (loss_W, right_W, params_grad), hidden_grad = jax.lax.scan(body, zero, chunks)
-    params_grad = jax.tree_util.tree_map_with_path(
-        lambda path, x: sharding.constrain(x.sum(axis=0), *_logical(path)), params_grad
-    )
+    params_grad = sharding.constrain_params(jax.tree.map(lambda x: x.sum(axis=0), params_grad))
     hidden_grad = jnp.moveaxis(hidden_grad, 0, 1).reshape(B, -1, D)[:, :T]
     return (loss_W.sum(), right_W.sum()), (params_grad, hidden_grad)
 

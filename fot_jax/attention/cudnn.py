@@ -68,7 +68,7 @@ def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kerne
     try:
         version = calls.check_cudnn_version() if here else None
         if here and not calls.check_compute_capability("8.0"):
-            raise NotImplementedError("the GPU is older than compute capability 8.0")
+            raise RuntimeError("the GPU is older than compute capability 8.0")
         if here or filled > 256:  # not here, its own check would ask for a GPU
             calls.check_is_flash_attention(*shapes, calls.AttentionLayout.BNTH.value, version, True, True)
     except (NotImplementedError, RuntimeError) as error:
