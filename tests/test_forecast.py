@@ -296,13 +296,14 @@ def test_collectives_are_those_that_fsdp_and_crossbatch_call_for(loss_chunk, dev
     # Embedding: tokens' vectors, of which each device has an eighth of all, to those whose rows they are; and back.
     assert set(found) == {"all-gather", "all-reduce", "collective-permute", "all-to-all"}, found
     assert found["all-to-all"].count == 2
-    # A context's keys, values and numbers, set out, then passed on once for each of 3 contexts: forward, and backward
-    # with the gradients of keys and values, which then go home.
+    # Three contexts' keys, values and numbers come a row further each time, forward and backward; the gradients of keys
+    # and values go on twice with them, and three rows home: one to the next device, one to that behind it.
     assert crossbatch.longllama_3b_plan(16).n_contexts == 3
     row = 8 * 8 * 16 * 4  # bytes of one row of keys; each device has two
     permuted = found["collective-permute"]
-    assert permuted.count <= 2 * 3 * (1 + 3) + 2 * 3 + 2 * 2
-    assert permuted.nbytes <= (2 * 2 * (1 + 3) + 2 * 3 + 2 * 2) * row + 2 * (1 + 3) * 16 * 4
+    numbers = permuted.count - (2 * 3 * 2 + 2 * 2 + 2 * 2)  # of which the compiler finds some to be the same
+    assert 3 <= numbers <= 2 * 3
+    assert permuted.nbytes == (2 * 3 * 2 + 2 * 2 + 2 * 2) * row + numbers * 16 * 4
     # A layer's weights are gathered forward, and again where it is recomputed; the head's once, however many chunks the
     # loss has. Each gradient is summed once. The rest are norms' scales and single numbers.
     params = training.model.abstract_params(model_config)

@@ -9,8 +9,8 @@ source after another; gradients of a context's keys and values travel with it, a
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -326,26 +326,41 @@ def _context(arrays: Sequence[Array], visible: Array | None) -> attention.Keys:
     return _read_by_all(k, v, _ids(None if visible is None else visible[:, None], *segments))
 
 
-def _seen_of(run: _Run, visible: Array | None) -> Array | None:
-    """[count, R] of a run."""
-    return None if visible is None else visible.T[run.first : run.first + run.count]
+def _each_context(
+    how: _How, run: _Run, read: Callable[[Any, attention.Keys], Any], carry: Any, visible: Array | None, *arrays: Any
+) -> Any:
+    """`carry = read(carry, keys)` for each context of a run, which is passed on while it is read. The loop is over those
+    between the first, on whose way nothing has been added up, and the last, which goes no further.
+    """
+    seen = None if visible is None else visible.T[run.first : run.first + run.count]
+    of = lambda c: None if seen is None else seen[c]
+
+    def step(state: tuple, seen_R: Array | None) -> tuple[tuple, None]:
+        carry, arrays = state
+        passed_on = [sharding.roll_rows(x, run.by, how.axes) for x in arrays]
+        return (read(carry, _context(arrays, seen_R)), passed_on), None
+
+    state = carry, _setting_out(how, run, *arrays)
+    if run.count > 1:
+        state, _ = step(state, of(0))
+    if run.count > 2:
+        state, _ = jax.lax.scan(step, state, None if seen is None else seen[1:-1], run.count - 2)
+    carry, arrays = state
+    return read(carry, _context(arrays, of(-1)))
 
 
 def _ring_forward(
     how: _How, q: Array, k: Array, v: Array, segments: Array | None, visible: Array | None
 ) -> attention.Partial:
-    """The partial over all contexts. A context is passed on while it is read."""
-    partial = attention.Partial(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf))
+    """The partial over all contexts."""
+
+    def read(partial: attention.Partial | None, keys: attention.Keys) -> attention.Partial:
+        here = how.kernel.forward(q, None, (keys,), how.scale)
+        return here if partial is None else attention.merge(partial, here)
+
+    partial = None
     for run in _runs(how.plan):
-
-        def read(carry: tuple, seen: Array | None, run=run) -> tuple[tuple, None]:
-            partial, arrays = carry
-            passed_on = [sharding.roll_rows(x, run.by, how.axes) for x in arrays]
-            here = how.kernel.forward(q, None, (_context(arrays, seen),), how.scale)
-            return (attention.merge(partial, here), passed_on), None
-
-        start = partial, _setting_out(how, run, k, v, segments)
-        (partial, _), _ = jax.lax.scan(read, start, _seen_of(run, visible), run.count)
+        partial = _each_context(how, run, read, partial, visible, k, v, segments)
     return partial
 
 
@@ -367,17 +382,15 @@ def _ring_backward(
     home = _nothing(how, k, v)
     for run in _runs(how.plan):
 
-        def read(carry: tuple, seen: Array | None, run=run) -> tuple[tuple, None]:
-            dq, arrays, grads = carry
-            passed_on = [sharding.roll_rows(x, run.by, how.axes) for x in arrays]
-            grads = [sharding.roll_rows(x, run.by, how.axes) for x in grads]
-            sources = (_context(arrays, seen),)
-            dq_here, [here] = how.kernel.backward(q, None, sources, how.scale, o, lse, do)
-            grads = [x + y.astype(jnp.float32) for x, y in zip(grads, here, strict=True)]
-            return (dq + dq_here, passed_on, grads), None
+        def read(carry: tuple, keys: attention.Keys, run=run) -> tuple:
+            dq, grads = carry
+            dq_here, [here] = how.kernel.backward(q, None, (keys,), how.scale, o, lse, do)
+            here = [x.astype(jnp.float32) for x in here]
+            if grads is not None:
+                here = [sharding.roll_rows(x, run.by, how.axes) + y for x, y in zip(grads, here, strict=True)]
+            return dq + dq_here, here
 
-        start = dq, _setting_out(how, run, k, v, segments), [jnp.zeros_like(blocks[0]) for blocks in home]
-        (dq, _, grads), _ = jax.lax.scan(read, start, _seen_of(run, visible), run.count)
+        dq, grads = _each_context(how, run, read, (dq, None), visible, k, v, segments)
         last = run.start + (run.count - 1) * run.by
         for blocks, grad in zip(home, grads, strict=True):
             blocks[run.block] += sharding.roll_rows(grad, -last, how.axes)
