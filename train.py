@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int | None:
         raise app.UsageError("--workdir is not set; wanted a folder")
     stated = _CACHE.value or jax.config.jax_compilation_cache_dir
     if _CACHE.value != "none" and (stated or jax.default_backend() != "cpu"):
-        training.keep_compiled(stated or pathlib.Path(_WORKDIR.value) / "compiled")
+        jax.config.update("jax_compilation_cache_dir", str(stated or pathlib.Path(_WORKDIR.value) / "compiled"))
     keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
     log = logging.getLogger("fot_jax")

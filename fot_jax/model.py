@@ -72,6 +72,8 @@ def to_heads(x_BTD: Array, w_DHK: Array) -> Array:
     transposes weights.
     """
     D, H, K = w_DHK.shape
+    # Said here, or a TPU's compiler gathers a weight of three axes twice in the backward pass, in two layouts.
+    w_DHK = sharding.gathered(w_DHK, ("embed", "heads", "head_size"))
     return jnp.swapaxes(dense(x_BTD, w_DHK.reshape(D, H * K)).reshape(*x_BTD.shape[:2], H, K), 1, 2)
 
 
@@ -79,6 +81,19 @@ def from_heads(o_BHTK: Array, w_HKD: Array) -> Array:
     """[B, T, D], the other way."""
     B, H, T, K = o_BHTK.shape
     return dense(jnp.swapaxes(o_BHTK, 1, 2).reshape(B, T, H * K), w_HKD.reshape(H * K, w_HKD.shape[-1]))
+
+
+@jax.custom_vjp
+def in_turn(x: Array, params: Params) -> tuple[Array, Params]:
+    """Both, unchanged. In the backward pass the gradient of `x` is not there before that of `params` is.
+
+    Nothing else waits for the gradients of weights: a compiler may leave them, with all that they are computed from, to
+    the end of the step.
+    """
+    return x, params
+
+
+in_turn.defvjp(lambda x, params: ((x, params), None), lambda _, grads: jax.lax.optimization_barrier(grads))
 
 
 def score_scale(config: ModelConfig) -> float:
@@ -311,7 +326,11 @@ def forward(
             )
 
         body = Block(config, parent=None)  # not a part of a module that calls this
-        apply = lambda x_BTD, block: body.apply({"params": block}, x_BTD, attend)[0]
+
+        def apply(x_BTD: Array, block: Params) -> Array:
+            x_BTD, block = in_turn(x_BTD, block)
+            return body.apply({"params": block}, x_BTD, attend)[0]
+
         return apply if remat == "none" else jax.checkpoint(apply, policy=REMAT[remat])
 
     plain, mem = layer(False), layer(True)

@@ -330,13 +330,16 @@ def plan_at(config: ConfigDict, step: int, switched_at: int | None = None) -> cr
     return make_plan(config, c.contexts[int(late.get(c.schedule, 0))])
 
 
-def make_plan(config: ConfigDict, contexts: int) -> crossbatch.Plan | None:
+def make_plan(config: ConfigDict, contexts: int, parts: int | None = None) -> crossbatch.Plan | None:
     """The crossbatch plan of a microbatch with a given range or d; None without crossbatch.
+
+    Args:
+        parts: microbatches of a batch; those of the configuration by default.
 
     Raises:
         ValueError: rows that packing or blocks do not divide, or contexts that the rows do not have.
     """
-    c, rows = config.crossbatch, config.batch.rows // config.batch.accumulate
+    c, rows = config.crossbatch, config.batch.rows // (parts or config.batch.accumulate)
     if c.kind == "none":
         return None
     if c.kind == "blocks":
@@ -426,8 +429,17 @@ def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str,
         )
     for contexts in config.crossbatch.contexts:
         plan = make_plan(config, contexts)
-        if plan is not None:
-            plan.dealt(ways)
+        if plan is None:
+            continue
+        plan.dealt(ways)
+        whole = make_plan(config, contexts, parts=1)
+        seen, wanted = plan.visible.sum(1).mean(), whole.visible.sum(1).mean()
+        if seen < 0.9 * wanted:  # rows at the beginning of a microbatch have few before them
+            _log.warning(
+                "in microbatches of %d rows a row reads %.2f other windows on average, among all %d rows %.2f; with "
+                "config.batch.accumulate below %d it reads more",
+                plan.rows, seen, whole.rows, wanted, parts,
+            )  # fmt: skip
 
 
 def open_corpora(config: ConfigDict, split: str) -> list[sources.Corpus]:

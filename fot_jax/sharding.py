@@ -13,6 +13,7 @@ case:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -87,6 +88,8 @@ def mesh_sizes(shape: Mapping[str, int] | None, devices: int | None = None, slic
         sizes["data"] = devices // rest
     if devices is not None and rest * sizes["data"] > devices:
         raise ValueError(f"mesh {sizes} needs {rest * sizes['data']} devices; there are {devices}")
+    if slices > 1 and rest * sizes["data"] != devices:
+        raise ValueError(f"mesh {sizes} has {rest * sizes['data']} of {devices} devices in {slices} slices; wanted all")
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh.data is {sizes['data']} over {slices} slices; wanted a multiple: only data crosses them"
@@ -153,6 +156,17 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, wanted)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(x: jax.Array, logical: tuple[str, ...]) -> jax.Array:
+    """A parameter, split along `logical`, as products take it: whole along what `fsdp` splits. Its gradient is told to
+    be split as the parameter is.
+    """
+    return constrain(x, *(None if axis == "embed" else axis for axis in logical))
+
+
+gathered.defvjp(lambda x, logical: (gathered(x, logical), None), lambda logical, _, grad: (constrain(grad, *logical),))
 
 
 def axes(logical: str) -> tuple[str, ...]:

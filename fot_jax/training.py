@@ -13,7 +13,6 @@ import functools
 import itertools
 import logging
 import math
-import os
 import pathlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -184,7 +183,8 @@ def loss_sums(
         execution=options.execution,
     )
     key = "embed" if config.tie_embeddings else "head"
-    arguments = ({key: params[key]}, hidden_BTD, batch["targets"], mask_BT)
+    hidden_BTD, head = model.in_turn(hidden_BTD, {key: params[key]})
+    arguments = (head, hidden_BTD, batch["targets"], mask_BT)
     if 0 < options.loss_chunk < mask_BT.size:
         loss, right = chunked_head_sums(config, options.loss_chunk, *arguments)
     else:
@@ -283,12 +283,6 @@ def train_step(
         "learning_rate": rate(state.step),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def keep_compiled(folder: str | os.PathLike) -> None:
-    """Has JAX keep every program that took a second to compile in a folder, and look for them there."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def compiler_options() -> dict[str, Any] | None:

@@ -156,6 +156,12 @@ def test_kernels_are_one_softmax_in_float64(name, length):
     compare(attention.kernel(name, length, 20, jnp.float32), jnp.float32, 2e-5, length=length)
 
 
+def test_splash_in_bfloat16_is_one_softmax_in_float64():
+    if sharding.platform() == "gpu":
+        pytest.skip("splash is for TPUs, and interpreted on CPUs")
+    compare(attention.kernel("splash", T, 100, jnp.bfloat16), jnp.bfloat16, 2e-2, head=100)
+
+
 def test_kernels_keep_to_the_dtype_of_what_they_are_given():
     q, own, others = sources(np.random.default_rng(13), jnp.bfloat16)
     plan = crossbatch.published_plan(3, 1)
@@ -275,6 +281,16 @@ def test_what_kernels_refuse(platform, name, length, head, dtype, message, monke
     monkeypatch.setattr(cudnn_calls, "check_cudnn_version", no_cudnn)
     with pytest.raises(ValueError, match=message):
         attention.kernel(name, length, head, dtype)
+
+
+def test_cudnn_is_compiled_for_heads_that_every_gpu_takes():
+    """Where there is no GPU to ask."""
+    if sharding.platform() == "gpu":
+        pytest.skip("there is one")
+    assert attention.kernel("cudnn", T, 128, jnp.bfloat16, "gpu").name == "cudnn"
+    for head in (129, 256, 300):
+        with pytest.raises(ValueError, match=f"heads of {head}: a GPU that is not here takes 128 .*wanted att"):
+            attention.kernel("cudnn", T, head, jnp.bfloat16, "gpu")
 
 
 @pytest.mark.parametrize(

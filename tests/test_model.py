@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -233,6 +234,38 @@ def test_meshes_have_four_axes(devices):
 def test_meshes_that_do_not_fit(devices, shape, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(shape, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is asked of a TPU that is to be part of a mesh."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    device_kind: str = "TPU v5 lite"
+    platform: str = "tpu"
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("shape", [{"fsdp": 4}, {"data": 4, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 8}])
+def test_data_alone_crosses_slices(shape):
+    chips = [Chip(8 * i + j, i, (j % 4, j // 4, 0)) for j in range(8) for i in range(2)]
+    mesh = sharding.make_mesh(shape, chips)
+    assert dict(mesh.shape) == sharding.mesh_sizes(shape, 16, 2) == dict(sharding.abstract_mesh(shape, 16, 2).shape)
+    slices = [{chip.slice_index for chip in part.flat} for part in mesh.devices]
+    assert slices == [{0}] * (mesh.shape["data"] // 2) + [{1}] * (mesh.shape["data"] // 2)
+    # A slice's chips are neighbours along the axis of gathers and sums: of a ring, only the ends may be further apart.
+    for line in mesh.devices.reshape(-1, mesh.shape["fsdp"], mesh.shape["tensor"])[..., 0]:
+        steps = [sum(abs(a - b) for a, b in zip(x.coords, y.coords, strict=True)) for x, y in zip(line, line[1:])]
+        assert max(steps) <= 2 and len(set(line)) == len(line)
+    for bad, message in (
+        ({"data": 3, "fsdp": 4}, r"has 12 of 16 devices in 2 slices; wanted all"),
+        ({"data": 1, "fsdp": 16}, "mesh.data is 1 over 2 slices; wanted a multiple"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sharding.make_mesh(bad, chips)
 
 
 @pytest.mark.parametrize("size", configs.SIZES)

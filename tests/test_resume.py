@@ -52,6 +52,7 @@ def run(tmp_path_factory):
         pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         return subprocess.Popen([*command, f"--workdir={workdir}", *more], env=env, **pipes)
 
+    start.compiled = lambda: {path.name for path in (shared / "compiled").glob("jit_*-cache")}
     return start
 
 
@@ -126,6 +127,8 @@ def test_killed_between_saves_and_during_one(run, uninterrupted, tmp_path):
 
 
 def test_stopped_by_sigterm(run, uninterrupted, tmp_path):
+    programs = run.compiled()
+    assert sum(name.startswith("jit_train_step") for name in programs) == 2  # for each number of contexts
     process = run(tmp_path)
     while process.poll() is None and lines(tmp_path) < 3:
         time.sleep(0.001)
@@ -135,6 +138,7 @@ def test_stopped_by_sigterm(run, uninterrupted, tmp_path):
         assert "stopped by SIGTERM" in errors and "the same command resumes" in errors
         finish(run(tmp_path))
     assert_same(outcome(tmp_path), uninterrupted)
+    assert run.compiled() == programs  # which were read again
 
 
 class Later:

@@ -403,6 +403,20 @@ def test_settings_that_change_nothing_are_warned_of(caplog):
     assert not caplog.records
 
 
+def test_microbatches_that_leave_rows_few_contexts_are_warned_of(caplog):
+    """Rows 0, 1, 2, 3 of a document have 0, 2, 3, 3 contexts, and no more than there are rows before them."""
+    for parts, warned in ((8, True), (2, False)):
+        config = toy.config(batch__rows=32, batch__accumulate=parts, crossbatch__kind="longllama_3b")
+        run_config.check_batch(config, run_config.model_config(config), dict(data=1, fsdp=1))
+        assert bool(caplog.records) == warned
+        if warned:
+            (record,) = caplog.records
+            assert "in microbatches of 4 rows a row reads 1.50 other windows on average, among all 32 rows 1.94" in (
+                record.getMessage()
+            )
+        caplog.clear()
+
+
 @pytest.mark.parametrize(("rows", "kind"), [(8, "published"), (8, "blocks")])
 def test_microbatches_of_several_processes_hold_whole_documents(rows, kind, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)

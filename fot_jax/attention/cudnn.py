@@ -25,6 +25,7 @@ except ImportError:
 Array = jax.Array
 
 MULTIPLE = 8  # of numbers of a head; 100 are filled up with zeros to 104
+EVERYWHERE = 128  # numbers of a head that all GPUs take; from compute capability 9.0 on 256
 _BEFORE = tuple("query key value bias q_seqlen kv_seqlen q_offsets kv_offsets page_table_k page_table_v".split())
 _OPTIONS = ("scale", "seed", "dropout_rate", "variadic_args", "mask_type", "layout", "sliding_window_length")
 
@@ -64,13 +65,14 @@ def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kerne
         raise ValueError(f"cuDNN is called by JAX {jax.__version__} in another way than by ours; {instead}")
     filled = head_size + -head_size % MULTIPLE
     shapes = [jax.ShapeDtypeStruct((1, 1, length, filled), dtype)] * 3
-    here = jax.default_backend() == platform  # or else it is only compiled for, by a machine without cuDNN
     try:
-        version = calls.check_cudnn_version() if here else None
-        if here and not calls.check_compute_capability("8.0"):
-            raise RuntimeError("the GPU is older than compute capability 8.0")
-        if here or filled > 256:  # not here, its own check would ask for a GPU
+        if jax.default_backend() == platform:
+            version = calls.check_cudnn_version()
+            if not calls.check_compute_capability("8.0"):
+                raise RuntimeError("the GPU is older than compute capability 8.0")
             calls.check_is_flash_attention(*shapes, calls.AttentionLayout.BNTH.value, version, True, True)
+        elif filled > EVERYWHERE:  # only compiled for: there is no GPU to ask
+            raise RuntimeError(f"a GPU that is not here takes {EVERYWHERE} for sure")
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(f"cuDNN attention with heads of {head_size}: {error}; {instead}") from error
     return Kernel("cudnn", functools.partial(_read, more), functools.partial(_gradients, more))

@@ -329,8 +329,8 @@ def _context(arrays: Sequence[Array], visible: Array | None) -> attention.Keys:
 def _each_context(
     how: _How, run: _Run, read: Callable[[Any, attention.Keys], Any], carry: Any, visible: Array | None, *arrays: Any
 ) -> Any:
-    """`carry = read(carry, keys)` for each context of a run, which is passed on while it is read. The loop is over those
-    between the first, on whose way nothing has been added up, and the last, which goes no further.
+    """`carry = read(carry, keys)` for each context of a run, which is passed on while it is read. The loop is over
+    those between the first, on whose way nothing has been added up, and the last, which goes no further.
     """
     seen = None if visible is None else visible.T[run.first : run.first + run.count]
     of = lambda c: None if seen is None else seen[c]
