@@ -88,12 +88,12 @@ def mesh_sizes(shape: Mapping[str, int] | None, devices: int | None = None, slic
         sizes["data"] = devices // rest
     if devices is not None and rest * sizes["data"] > devices:
         raise ValueError(f"mesh {sizes} needs {rest * sizes['data']} devices; there are {devices}")
-    if slices > 1 and rest * sizes["data"] != devices:
-        raise ValueError(f"mesh {sizes} has {rest * sizes['data']} of {devices} devices in {slices} slices; wanted all")
     if sizes["data"] % slices:
         raise ValueError(
             f"mesh.data is {sizes['data']} over {slices} slices; wanted a multiple: only data crosses them"
         )
+    if slices > 1 and rest * sizes["data"] != devices:
+        raise ValueError(f"mesh {sizes} has {rest * sizes['data']} of {devices} devices in {slices} slices; wanted all")
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
 
 
