@@ -56,12 +56,22 @@ def forecast_only(config: ConfigDict) -> int:
     if not (text := _TOPOLOGY.value or config.hardware):
         raise ValueError("no hardware is stated; wanted --topology or config.hardware, like v5e:16x16 or h100:8")
     chips = hardware(text)
+    if config.hardware and text != config.hardware:  # mesh, microbatches and loss_chunk are for other chips
+        print(f"laid out for {text}, not for {config.hardware}")
+        run_config.set_hardware(config, text)
     jax.config.update("jax_platforms", "cpu")  # what is reckoned or compiled for need not be here
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for chips that are not there are not read again
-    found = forecast.arithmetic(config, chips, _SHARE.value) if _PLAN.value else forecast.compiled(config, chips)
+    # JAX keeps programs for chips that are not there, but cannot read them again without the chips.
+    jax.config.update("jax_enable_compilation_cache", False)
+    report = pathlib.Path(_REPORT.value) if _REPORT.value else None
+    try:
+        found = forecast.arithmetic(config, chips, _SHARE.value) if _PLAN.value else forecast.compiled(config, chips)
+    except forecast.DoesNotFit as error:
+        if report:
+            files.write_json(report, {"hardware": text, "fits": False, "refused": one_line(error)})
+        raise
     print(found.table())
-    if _REPORT.value:
-        files.write_json(pathlib.Path(_REPORT.value), found.summary())
+    if report:
+        files.write_json(report, found.summary())
     return 0 if _PLAN.value or found.fits else 1
 
 
@@ -85,6 +95,7 @@ def main(argv: list[str]) -> int | None:
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is not set; wanted a folder")
     stated = _CACHE.value or jax.config.jax_compilation_cache_dir
+    # A CPU's programs are compiled in seconds, and are for the machine that they were compiled on.
     if _CACHE.value != "none" and (stated or jax.default_backend() != "cpu"):
         jax.config.update("jax_compilation_cache_dir", str(stated or pathlib.Path(_WORKDIR.value) / "compiled"))
     keep_freed_memory()

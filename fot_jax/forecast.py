@@ -26,6 +26,10 @@ from fot_jax.host import row, size
 from fot_jax.metrics import flops_per_token
 
 
+class DoesNotFit(ValueError):
+    """The compiler says that a step does not fit its chips."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """A run, reckoned.
@@ -36,7 +40,8 @@ class Arithmetic:
         parameters: how many.
         rows, length: of a batch.
         accumulate: microbatches of it.
-        contexts: most other windows that a row of a memory layer reads.
+        contexts, mean_contexts: other windows that a row of a memory layer reads, at most and on average, under the
+            schedule's largest plan.
         attention: the kernel that computes attention.
         execution: how contexts come to rows; "none" without crossbatch.
         flops_per_token: forward and backward, crossbatch counted, nothing recomputed.
@@ -52,6 +57,7 @@ class Arithmetic:
     length: int
     accumulate: int
     contexts: int
+    mean_contexts: float
     attention: str
     execution: str
     flops_per_token: float
@@ -90,7 +96,10 @@ class Arithmetic:
             "parameters": f"{self.parameters:,}",
             "batch": _batch(self),
             "attention": self.attention,
-            "crossbatch": f"up to {self.contexts} other windows a row, {self.execution}" if self.contexts else "none",
+            "crossbatch": f"up to {self.contexts} other windows a row, {self.mean_contexts:.2f} on average, "
+            f"{self.execution}"
+            if self.contexts
+            else "none",
             "FLOPs a token": f"{self.flops_per_token / 1e9:,.2f} GFLOP, forward and backward",
             "tokens/s": f"{self.tokens_per_second:,.0f} at {self.share:.0%} of peak",
             "run": f"{self.steps:,} steps, {self.tokens / 1e9:,.2f} G tokens, {self.days:,.2f} days",
@@ -137,6 +146,7 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
         rows=config.batch.rows,
         length=length,
         contexts=max(max(plan.seen, default=0) if plan else 0 for plan in how.plans),
+        mean_contexts=float(how.plan.visible.sum(1).mean()) if how.plan else 0.0,
         accumulate=config.batch.accumulate,
         attention=how.kernel,
         execution=how.execution,
@@ -176,10 +186,15 @@ def _activations(config: ConfigDict, c: ModelConfig, mesh: dict[str, int]) -> di
     # Layers that read contexts keep their output and its log-sum-exp, whatever is recomputed.
     reads = len(c.mem_layers) if config.crossbatch.kind != "none" and config.remat != "none" else 0
     read = c.n_heads * (c.head_size * compute + 4) // tensor
+    # Of the head its weights as products take them and a chip's own gradient in float32; of a layer both as they are
+    # computed with.
+    head, of_layer = c.vocab_size * c.d_model, c.d_model * (heads + c.n_heads * c.head_size + 3 * c.d_ff)
+    whole = max(head * (compute + 4), 2 * of_layer * compute) // tensor
     chunk = min(config.loss_chunk or config.batch.rows * run_config.batch_length(config, c), tokens * ways) // ways
     return {
         "activations kept": tokens * (c.n_layers * kept[config.remat] * compute + reads * read),
         "a layer's work": 2 * tokens * layer * compute,
+        "gathered weights": whole if mesh["fsdp"] > 1 else 0,
         "logits": 2 * chunk * c.vocab_size // tensor * 4,
     }
 
@@ -331,7 +346,8 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
     """Compiles a training step of a run, with the most contexts of its schedule, for chips that need not be there.
 
     Raises:
-        ValueError: what `training.check` and `devices` refuse; a step that the compiler says does not fit.
+        ValueError: what `training.check` and `devices` refuse.
+        DoesNotFit: what the compiler says so of, before it says what the step needs.
     """
     model_config = _model(config)
     mesh = sharding.make_mesh(config.mesh, devices(chips))
@@ -347,7 +363,7 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             said = str(error).split("\n\n")[0]
-            raise ValueError(
+            raise DoesNotFit(
                 f"the step does not fit {chips}: {said}; wanted fewer rows a chip, or more chips"
             ) from error
         seconds = time.perf_counter() - begin

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import logging
 
 
 def printable(value: object) -> str:
@@ -26,6 +28,12 @@ def size(nbytes: float) -> str:
 def one_line(error: BaseException) -> str:
     """An error's message as one line for a terminal."""
     return printable(" ".join(str(error).split()))
+
+
+@functools.lru_cache(maxsize=256)
+def warn_once(log: logging.Logger, text: str) -> None:
+    """Logs a warning the first time that the process has it: what is checked twice is said once."""
+    log.warning(text)
 
 
 def keep_freed_memory() -> None:

@@ -72,8 +72,6 @@ def to_heads(x_BTD: Array, w_DHK: Array) -> Array:
     transposes weights.
     """
     D, H, K = w_DHK.shape
-    # Said here, or a TPU's compiler gathers a weight of three axes twice in the backward pass, in two layouts.
-    w_DHK = sharding.gathered(w_DHK, ("embed", "heads", "head_size"))
     return jnp.swapaxes(dense(x_BTD, w_DHK.reshape(D, H * K)).reshape(*x_BTD.shape[:2], H, K), 1, 2)
 
 
@@ -88,7 +86,7 @@ def in_turn(x: Array, params: Params) -> tuple[Array, Params]:
     """Both, unchanged. In the backward pass the gradient of `x` is not there before that of `params` is.
 
     Nothing else waits for the gradients of weights: a compiler may leave them, with all that they are computed from, to
-    the end of the step.
+    the end of the step. (Neither does a gradient go away that nobody asks for.)
     """
     return x, params
 
@@ -118,14 +116,20 @@ class Attention(nn.Module):
     """
 
     config: ModelConfig
+    training: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array, attend: Attend) -> tuple[Array, tuple[Array, Array]]:
         c = self.config
         weight = _weights(self, c, x_BTD.dtype)
-        q_BHTK = to_heads(x_BTD, weight("q", (c.d_model, c.n_heads, c.head_size)))
-        k_BGTK = to_heads(x_BTD, weight("k", (c.d_model, c.n_kv_heads, c.head_size)))
-        v_BGTK = to_heads(x_BTD, weight("v", (c.d_model, c.n_kv_heads, c.head_size)))
+
+        def projected(name: str, heads: int) -> Array:
+            w_DHK = weight(name, (c.d_model, heads, c.head_size))
+            # Not said, a TPU's compiler gathers a weight of three axes twice in the backward pass, in two layouts.
+            w_DHK = sharding.gathered(w_DHK, ("attention", name)) if self.training else w_DHK
+            return to_heads(x_BTD, w_DHK)
+
+        q_BHTK, k_BGTK, v_BGTK = projected("q", c.n_heads), projected("k", c.n_kv_heads), projected("v", c.n_kv_heads)
         if c.qk_norm:
             # Inner products of random unit vectors have a deviation of K ** -0.5: scores start with one of 2.
             start = nn.initializers.constant(2 * c.head_size**0.5)
@@ -158,14 +162,20 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)). Returns x and the layer's un-rotated keys
     and values.
+
+    Attributes:
+        training: whether gradients are taken, in reverse only, and how weights are gathered for them is stated.
     """
 
     config: ModelConfig
+    training: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array, attend: Attend) -> tuple[Array, tuple[Array, Array]]:
         c = self.config
-        out_BTD, keys_values = Attention(c, name="attention")(Norm(c, name="attention_norm")(x_BTD), attend)
+        out_BTD, keys_values = Attention(c, self.training, name="attention")(
+            Norm(c, name="attention_norm")(x_BTD), attend
+        )
         x_BTD = x_BTD + out_BTD
         x_BTD = x_BTD + Mlp(c, name="mlp")(Norm(c, name="mlp_norm")(x_BTD))
         return constrain(x_BTD, "batch", "time", "model"), keys_values
@@ -325,7 +335,7 @@ def forward(
                 execution=execution,
             )
 
-        body = Block(config, parent=None)  # not a part of a module that calls this
+        body = Block(config, training=True, parent=None)  # not a part of a module that calls this
 
         def apply(x_BTD: Array, block: Params) -> Array:
             x_BTD, block = in_turn(x_BTD, block)

@@ -21,6 +21,7 @@ from fot_jax import attention, checkpoint, crossbatch, data, formats, sources
 from fot_jax.config import DtypePolicy, ModelConfig, named
 from fot_jax.formats.source import read_params
 from fot_jax.hardware import hardware
+from fot_jax.host import warn_once
 from fot_jax.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -175,9 +176,8 @@ def check_config(config: ConfigDict) -> None:
     default = default_config()
     for key, (choice, users) in _USED_WITH.items():
         if _get(config, choice) not in users and _get(config, key) != _get(default, key):
-            _log.warning(
-                "config key %s is %r; %s %r does not use it", key, _get(config, key), choice, _get(config, choice)
-            )
+            value, chosen = _get(config, key), _get(config, choice)
+            warn_once(_log, f"config key {key} is {value!r}; {choice} {chosen!r} does not use it")
 
 
 def model_config(config: ConfigDict, pretrained: ModelConfig | None = None) -> ModelConfig:
@@ -390,7 +390,8 @@ def batch_length(config: ConfigDict, model: ModelConfig) -> int:
 
 
 def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str, int]) -> None:
-    """Refuses a batch that does not divide into microbatches, documents and devices.
+    """Refuses a batch that does not divide into microbatches, documents and devices; warns of microbatches that are so
+    small that rows read fewer contexts.
 
     Args:
         mesh_shape: size of each mesh axis.
@@ -435,11 +436,11 @@ def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str,
         whole = make_plan(config, contexts, parts=1)
         seen, wanted = plan.visible.sum(1).mean(), whole.visible.sum(1).mean()
         if seen < 0.9 * wanted:  # rows at the beginning of a microbatch have few before them
-            _log.warning(
-                "in microbatches of %d rows a row reads %.2f other windows on average, among all %d rows %.2f; with "
-                "config.batch.accumulate below %d it reads more",
-                plan.rows, seen, whole.rows, wanted, parts,
-            )  # fmt: skip
+            warn_once(
+                _log,
+                f"in microbatches of {plan.rows} rows a row reads {seen:.2f} other windows on average, among all "
+                f"{whole.rows} rows {wanted:.2f}; with config.batch.accumulate below {parts} it reads more",
+            )
 
 
 def open_corpora(config: ConfigDict, split: str) -> list[sources.Corpus]:

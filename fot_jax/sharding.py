@@ -63,12 +63,12 @@ PARAMETERS: dict[tuple[str, str], tuple[str, ...]] = {
 OPTIMIZER = ("ns_coeffs",)  # Muon's coefficients
 
 
-def mesh_sizes(shape: Mapping[str, int] | None, devices: int | None = None, slices: int = 1) -> dict[str, int]:
+def mesh_sizes(shape: Mapping[str, int] | None, devices: int, slices: int = 1) -> dict[str, int]:
     """Size of each of the four axes.
 
     Args:
         shape: size of each axis; those left out are 1, and `data` left out, or 0, takes what the others leave.
-        devices: how many there are; None: as many as the shape needs, with every axis stated.
+        devices: how many there are.
         slices: groups of devices that a slower network joins. Each has an equal part of `data`, and no other axis
             crosses them: what does is the sum of gradients and, in crossbatch, of a row's keys and values at the border
             for each context.
@@ -83,10 +83,10 @@ def mesh_sizes(shape: Mapping[str, int] | None, devices: int | None = None, slic
         raise ValueError(f"mesh is {sizes}; wanted sizes of at least 1")
     rest = math.prod(size for axis, size in sizes.items() if axis != "data")
     if "data" not in sizes:
-        if devices is None or devices % rest:
+        if devices % rest:
             raise ValueError(f"mesh {sizes} does not divide {devices} devices; wanted a divisor, or data stated")
         sizes["data"] = devices // rest
-    if devices is not None and rest * sizes["data"] > devices:
+    if rest * sizes["data"] > devices:
         raise ValueError(f"mesh {sizes} needs {rest * sizes['data']} devices; there are {devices}")
     if sizes["data"] % slices:
         raise ValueError(
@@ -158,15 +158,28 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, wanted)
 
 
+def whole(logical: Sequence[str | None]) -> tuple[str | None, ...]:
+    """A parameter's logical axes as products take it: gathered along what `fsdp` splits."""
+    return tuple(None if axis and AXES[axis] == "fsdp" else axis for axis in logical)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(x: jax.Array, logical: tuple[str, ...]) -> jax.Array:
-    """A parameter, split along `logical`, as products take it: whole along what `fsdp` splits. Its gradient is told to
-    be split as the parameter is.
+def gathered(x: jax.Array, parameter: tuple[str, str]) -> jax.Array:
+    """A parameter of one layer, told to be `whole`; its gradient is told to lie as the table says.
+
+    Args:
+        parameter: last two names of its path, in `PARAMETERS`.
+
+    Raises:
+        ValueError: see `constrain`.
     """
-    return constrain(x, *(None if axis == "embed" else axis for axis in logical))
+    return constrain(x, *whole(PARAMETERS[parameter]))
 
 
-gathered.defvjp(lambda x, logical: (gathered(x, logical), None), lambda logical, _, grad: (constrain(grad, *logical),))
+gathered.defvjp(
+    lambda x, parameter: (gathered(x, parameter), None),
+    lambda parameter, _, grad: (constrain(grad, *PARAMETERS[parameter]),),
+)
 
 
 def axes(logical: str) -> tuple[str, ...]:
@@ -207,32 +220,33 @@ def each_device(f: Callable[..., Any], arguments: Any, results: Any) -> Callable
                     raise ValueError(
                         f"{name}: {length} over {ways(name)} devices of mesh {mesh.shape}; wanted a multiple"
                     )
-        given = tuple(spec(*axes) if x is not None else None for x, axes in zip(arrays, arguments, strict=True))
-        wanted = tuple(spec(*axes) for axes in results)
+        given = tuple(spec(*names) if x is not None else None for x, names in zip(arrays, arguments, strict=True))
+        wanted = tuple(spec(*names) for names in results)
         return jax.shard_map(f, in_specs=given, out_specs=wanted, check_vma=False)(*arrays)
 
     return sharded
 
 
 def roll_rows(x: jax.Array, by: int, mesh_axes: tuple[str, ...]) -> jax.Array:
-    """Row i + by of all devices' rows, in place of row i; within `each_device`, whose rows are split over `mesh_axes`.
+    """Row i + by of all devices' rows, in place of row i; within `each_device`, whose rows are split over `mesh_axes`,
+    all of the mesh of `jax.set_mesh`.
 
     By one row each device sends one row to the next: rows are passed on round a ring.
     """
-    ways = size(mesh_axes)
-    whole, part = divmod(by % (ways * x.shape[0]), x.shape[0])
-    if ways == 1:
+    n = size(mesh_axes)
+    devices, part = divmod(by % (n * x.shape[0]), x.shape[0])
+    if n == 1:
         return jnp.roll(x, -part, axis=0)
-    pieces = [_from_device(x[part:], whole, mesh_axes), _from_device(x[:part], whole + 1, mesh_axes)]
+    pieces = [_from_device(x[part:], devices, mesh_axes), _from_device(x[:part], devices + 1, mesh_axes)]
     return jnp.concatenate(pieces) if part else pieces[0]
 
 
 def _from_device(x: jax.Array, distance: int, mesh_axes: tuple[str, ...]) -> jax.Array:
     """What the device so many further on has."""
-    ways = size(mesh_axes)
-    if distance % ways == 0 or not x.size:
+    n = size(mesh_axes)
+    if distance % n == 0 or not x.size:
         return x
-    return jax.lax.ppermute(x, mesh_axes, [(i, (i - distance) % ways) for i in range(ways)])
+    return jax.lax.ppermute(x, mesh_axes, [(i, (i - distance) % n) for i in range(n)])
 
 
 def platform() -> str:
@@ -264,24 +278,24 @@ def param_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
         names, logical = _of_parameter(path, leaf)
         stacked = (None,) * (leaf.ndim - len(logical))
         split = spec(*stacked, *logical)
-        for size, axes in zip(leaf.shape, split, strict=True):
-            ways = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-            if size % ways:
+        for length, over in zip(leaf.shape, split, strict=True):
+            parts = math.prod(mesh.shape[axis] for axis in ((over,) if isinstance(over, str) else over or ()))
+            if length % parts:
                 raise ValueError(
-                    f"parameter {'/'.join(names)} of shape {leaf.shape}: a dimension of {size} is to be split {ways} "
-                    f"ways over mesh axis {axes!r}; wanted a multiple"
+                    f"parameter {'/'.join(names)} of shape {leaf.shape}: a dimension of {length} is to be split "
+                    f"{parts} ways over mesh axis {over!r}; wanted a multiple"
                 )
         return NamedSharding(mesh, split)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def constrain_params(tree: Any, *before: str | None, gathered: bool = False) -> Any:
+def constrain_params(tree: Any, *before: str | None, gather: bool = False) -> Any:
     """Parameters of one layer or of none, or arrays of their shapes, told to lie as the table says; see `constrain`.
 
     Args:
         before: logical axes that arrays have in front of the parameter's own.
-        gathered: whole along what `fsdp` splits, as products take them.
+        gather: to be `whole`.
 
     Raises:
         ValueError: a parameter that is not in the table.
@@ -289,7 +303,7 @@ def constrain_params(tree: Any, *before: str | None, gathered: bool = False) -> 
 
     def told(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         _, logical = _of_parameter(path, x)
-        return constrain(x, *before, *(None if gathered and axis == "embed" else axis for axis in logical))
+        return constrain(x, *before, *(whole(logical) if gather else logical))
 
     return jax.tree_util.tree_map_with_path(told, tree)
 

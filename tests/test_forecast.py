@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import pathlib
 import re
@@ -81,6 +82,26 @@ def test_arithmetic_of_the_3b():
     assert found.nbytes["activations kept"] == L * T * D * 2 + 3 * T * (D * 2 + 32 * 4) // 2
 
 
+COMPILED = runpy.run_path(str(ROOT / "bench/compiled_steps.py"))["RUNS"]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_the_plan_is_near_what_the_compilers_say(name):
+    path = ROOT / "docs/compiled" / f"{name}.json"
+    file, *changes = COMPILED[name]
+    if name.startswith(("plain", "concatenate")):
+        pytest.skip("XLA's own attention, or contexts side by side: in no configuration")
+    report = json.loads(path.read_text())
+    name, _, text = file.partition(":")
+    config = run_of(name.removesuffix(".py"), text)
+    for key, _, value in (change.partition("=") for change in changes):
+        config.update_from_flattened_dict({key: ast.literal_eval(value) if value[0] in "(0123456789" else value})
+    plan = forecast.arithmetic(config, hardware(text), 0.5)
+    assert plan.mesh == report["mesh"] and plan.attention == report["attention"]
+    assert 0.85 < sum(plan.nbytes.values()) / report["peak_bytes"] < 1.3
+    assert sum(plan.nbytes[kind] for kind in ("parameters", "optimizer state")) <= report["argument_bytes"]
+
+
 @pytest.mark.parametrize("name", ["longllama_3b", "longllama_7b", "longllama_code_7b"])
 def test_the_hours_that_a_configuration_states_are_those_of_the_plan(name):
     header = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
@@ -138,7 +159,12 @@ def test_the_command_plans_without_data_or_workdir(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["chips"] == 64 and report["parameters"] == 6_738_415_616 and report["contexts"] == 7
-    assert "6,738,415,616" in done.stdout
+    assert "6,738,415,616" in done.stdout and "up to 7 other windows a row, 4.16 on average, ring" in done.stdout
+    # Other chips than the file is laid out for, fewer and more.
+    for text, mesh in (("v5e:4x8", "fsdp 32"), ("2*v5e:8x16", "data 2, fsdp 64, tensor 2")):
+        done = train_py("--config=configs/longllama_7b.py:v5p:4x4x4", "--plan", f"--topology={text}")
+        assert done.returncode == 0, done.stderr
+        assert f"laid out for {text}, not for v5p:4x4x4" in done.stdout and mesh in done.stdout
     for arguments, message in (
         (["--plan", "--topology=v9:4"], "train.py: hardware is 'v9:4'; wanted CHIP:SHAPE"),
         (["--plan", "--share=0"], "train.py: share is 0.0"),
@@ -159,6 +185,20 @@ def test_a_step_that_does_not_fit_ends_with_1():
     for fits, status in ((True, 0), (False, 1)):
         done = subprocess.run([sys.executable, "-c", script.format(fits)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
+
+
+def test_a_step_that_the_compiler_refuses_is_reported(tmp_path):
+    script = (
+        "import sys, train; from absl import app; from fot_jax import forecast\n"
+        "def refuse(*_): raise forecast.DoesNotFit('the step does not fit v5e:8x8: 99G of 16G')\n"
+        "sys.argv = ['train.py', '--config=configs/longllama_3b.py:v5e:8x8', '--compile_only', "
+        f"'--report={tmp_path}/r']\n"
+        "forecast.compiled = refuse; app.run(train.main)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "train.py: the step does not fit v5e:8x8: 99G of 16G" in done.stderr
+    report = json.loads((tmp_path / "r").read_text())
+    assert report == {"hardware": "v5e:8x8", "fits": False, "refused": "the step does not fit v5e:8x8: 99G of 16G"}
 
 
 def test_a_plan_that_does_not_fit_says_so():
@@ -338,6 +378,6 @@ def test_a_step_is_compiled_and_reported(monkeypatch, devices):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", too_much)
     with pytest.raises(
-        ValueError, match="the step does not fit v5e:2x4: RESOURCE_EXHAUSTED: .*Used 99G of 16G hbm.; w"
+        forecast.DoesNotFit, match="the step does not fit v5e:2x4: RESOURCE_EXHAUSTED: .*Used 99G of 16G hbm.; w"
     ):
         forecast.compiled(config, hardware("v5e:2x4"))

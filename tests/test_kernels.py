@@ -11,7 +11,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn_calls
 from jax.interpreters import mlir
 
-from fot_jax import attention, crossbatch, sharding
+from fot_jax import attention, crossbatch, host, sharding
 from fot_jax.attention import kernels
 
 T = 128
@@ -305,7 +305,7 @@ def test_cudnn_is_compiled_for_heads_that_every_gpu_takes():
 )
 def test_what_auto_chooses_it_says(platform, length, dtype, chosen, said, monkeypatch, caplog, a_gpu):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
-    kernels._say_once.cache_clear()
+    host.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert attention.kernel("auto", length, 64, dtype).name == chosen
         attention.kernel("auto", length, 64, dtype)

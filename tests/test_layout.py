@@ -22,7 +22,7 @@ ORDER = [
     {"formats", "memory", "crossbatch"},
     {"pretrained"},
     {"model", "metrics"},
-    {"generate", "run_config"},
+    {"generate", "losses", "run_config"},
     {"training"},
     {"evals", "forecast"},
 ]

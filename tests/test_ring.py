@@ -25,7 +25,8 @@ PLANS = {
     "7b": (crossbatch.longllama_7b_plan(16), {}),
     "blocks": (crossbatch.block_plan(16, 3), {"mem_positionals": False, "qk_norm": True, "tie_embeddings": True}),
     "all documents": (crossbatch.block_plan(16, 8), {"mem_layers": (1,)}),
-    "two earlier windows": (crossbatch.block_plan(24, 5, windows=2), {"mem_positionals": False}),
+    "one document": (crossbatch.block_plan(16, 1), {"mem_layers": (1,)}),
+    "two earlier windows": (crossbatch.block_plan(24, 2, windows=2), {"mem_positionals": False}),
 }
 MESHES = {"one": {"data": 1}, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
 
@@ -84,6 +85,19 @@ def test_a_rings_memory_is_the_same_for_any_number_of_contexts(devices):
     ring = temporaries(2, "ring")
     assert temporaries(16, "ring") <= 1.01 * ring
     assert temporaries(16, "concatenate") > 3 * ring
+
+
+@pytest.mark.parametrize(
+    ("platform", "length", "ring_from"), [("tpu", 2048, 3), ("gpu", 2048, 3), ("cpu", 256, 17), ("cpu", 64, 65)]
+)
+def test_the_ring_is_chosen_where_there_are_many_contexts(platform, length, ring_from):
+    """A ring holds a context and the next: one that is read with others needs more from the third on."""
+    together = lambda contexts, how: crossbatch.together(crossbatch.block_plan(256, contexts), length, how, platform)
+    size = 256 // length if platform == "cpu" else ring_from - 1
+    assert together(ring_from - 1, "auto") == size and together(ring_from, "auto") == 0
+    assert together(1, "ring") == 0 and together(128, "concatenate") == (size if platform == "cpu" else 128)
+    with pytest.raises(ValueError, match="crossbatch execution is 'rings'; wanted one of auto, concatenate, ring"):
+        together(1, "rings")
 
 
 @pytest.mark.parametrize(("execution", "ways"), [("concatenate", 1), ("ring", 2)])

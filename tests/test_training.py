@@ -17,7 +17,7 @@ import optax
 import pytest
 import toy
 
-from fot_jax import checkpoint, crossbatch, metrics, model, run_config, sharding, training
+from fot_jax import checkpoint, crossbatch, host, losses, metrics, model, run_config, sharding, training
 from fot_jax.config import ModelConfig, named
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -75,7 +75,7 @@ def test_what_the_compiler_is_told_changes_no_gradient(rows, length, n_kv_heads)
         "segment_ids": np.sort(random.integers(1, 3, (rows, length)), axis=1).astype(np.int32),
     }
     plan = crossbatch.published_plan(rows, range_=2, packing=2)
-    loss = lambda params: training.loss_sums(config, training.LossOptions(separate="documents"), plan, params, batch)[0]
+    loss = lambda params: losses.loss_sums(config, losses.LossOptions(separate="documents"), plan, params, batch)[0]
     params = random_params(config)
     traced = jax.jit(jax.value_and_grad(loss)).lower(params)
     found, wanted = (traced.compile(compiler_options=told)(params) for told in (options, plain))
@@ -88,7 +88,7 @@ def test_loss_is_the_summed_cross_entropy():
     logits = np.asarray(hidden, np.float64) @ np.asarray(params["head"]["kernel"], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     wanted = -np.take_along_axis(log_p, np.asarray(targets)[..., None], -1)[..., 0][np.asarray(mask)].sum()
-    loss, right = training.head_sums(SMALL, params, hidden, targets, mask)
+    loss, right = losses.head_sums(SMALL, params, hidden, targets, mask)
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
     assert right == (np.asarray(mask) & (logits.argmax(-1) == np.asarray(targets))).sum()
 
@@ -101,8 +101,8 @@ def test_chunked_loss_equals_plain_in_value_and_gradient(chunk):
         loss, right = sums(params, hidden, targets, mask)
         return 0.25 * loss, right
 
-    plain = lambda *args: training.head_sums(SMALL, *args)
-    chunked = lambda *args: training.chunked_head_sums(SMALL, chunk, *args)
+    plain = lambda *args: losses.head_sums(SMALL, *args)
+    chunked = lambda *args: losses.chunked_head_sums(SMALL, chunk, *args)
     (want, want_right), want_grad = jax.value_and_grad(lambda *a: mean(plain, *a), (0, 1), has_aux=True)(params, hidden)
     (loss, right), grad = jax.value_and_grad(lambda *a: mean(chunked, *a), (0, 1), has_aux=True)(params, hidden)
     np.testing.assert_allclose(loss, want, rtol=1e-6)
@@ -118,9 +118,9 @@ def test_chunked_loss_on_a_mesh_is_that_of_one_device(tied, devices):
     if tied:
         params = {"embed": {"embedding": params["head"]["kernel"].T}}
     grad = lambda sums: jax.jit(jax.value_and_grad(sums, (0, 1), has_aux=True))
-    want = grad(lambda *given: training.head_sums(config, *given, targets, mask))(params, hidden)
+    want = grad(lambda *given: losses.head_sums(config, *given, targets, mask))(params, hidden)
     with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 2}, devices)):
-        found = grad(lambda *given: training.chunked_head_sums(config, 12, *given, targets, mask))(params, hidden)
+        found = grad(lambda *given: losses.chunked_head_sums(config, 12, *given, targets, mask))(params, hidden)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, want)
 
 
@@ -132,8 +132,8 @@ def test_chunked_loss_never_holds_all_logits():
         text = str(jax.make_jaxpr(grad)(params, hidden))
         return "4,10,19" in text
 
-    assert sizes(lambda *args: training.head_sums(SMALL, *args))
-    assert not sizes(lambda *args: training.chunked_head_sums(SMALL, 8, *args))
+    assert sizes(lambda *args: losses.head_sums(SMALL, *args))
+    assert not sizes(lambda *args: losses.chunked_head_sums(SMALL, 8, *args))
 
 
 def test_accumulated_gradient_equals_the_large_batch():
@@ -149,8 +149,8 @@ def test_accumulated_gradient_equals_the_large_batch():
         rate = lambda count: jnp.float32(1.0)
         return jax.jit(lambda s, b: training.train_step(SMALL, options, optimizer, rate, None, s, b))(state, micro)
 
-    whole, whole_metrics = step(1, training.LossOptions())
-    parts, parts_metrics = step(4, training.LossOptions(loss_chunk=6, separate="documents"))
+    whole, whole_metrics = step(1, losses.LossOptions())
+    parts, parts_metrics = step(4, losses.LossOptions(loss_chunk=6, separate="documents"))
     for key, value in whole_metrics.items():
         np.testing.assert_allclose(parts_metrics[key], value, rtol=1e-5, err_msg=key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts.params, whole.params)
@@ -170,7 +170,7 @@ def test_rows_of_earlier_windows_can_be_left_out_of_the_loss():
     config = SMALL.replace(mem_layers=(0,))
     params = random_params(config)
     batch = {key: jnp.asarray(x % 19 if x.dtype == np.int32 else x) for key, x in next(toy.Batches(8, 10)).items()}
-    sums = lambda flag: training.loss_sums(config, training.LossOptions(loss_on_previous=flag), plan, params, batch)
+    sums = lambda flag: losses.loss_sums(config, losses.LossOptions(loss_on_previous=flag), plan, params, batch)
     assert sums(True)[1]["tokens"] == batch["loss_mask"].sum()
     assert sums(False)[1]["tokens"] == batch["loss_mask"][4:].sum()
 
@@ -393,6 +393,7 @@ def test_bad_values_are_errors_before_any_work(changes, message, tmp_path, devic
 
 
 def test_settings_that_change_nothing_are_warned_of(caplog):
+    host.warn_once.cache_clear()
     run_config.check_config(toy.config(crossbatch__kind="blocks", crossbatch__packing=4, crossbatch__switch_step=9))
     assert [record.getMessage() for record in caplog.records] == [
         "config key crossbatch.packing is 4; crossbatch.kind 'blocks' does not use it",
@@ -405,6 +406,7 @@ def test_settings_that_change_nothing_are_warned_of(caplog):
 
 def test_microbatches_that_leave_rows_few_contexts_are_warned_of(caplog):
     """Rows 0, 1, 2, 3 of a document have 0, 2, 3, 3 contexts, and no more than there are rows before them."""
+    host.warn_once.cache_clear()
     for parts, warned in ((8, True), (2, False)):
         config = toy.config(batch__rows=32, batch__accumulate=parts, crossbatch__kind="longllama_3b")
         run_config.check_batch(config, run_config.model_config(config), dict(data=1, fsdp=1))

@@ -7,7 +7,6 @@ of the larger softmax: that is how sources are read one after another (`crossbat
 
 from __future__ import annotations
 
-import functools
 import logging
 
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import jax.typing
 from fot_jax import sharding
 from fot_jax.attention import cudnn, plain, splash
 from fot_jax.attention.partial import Kernel
+from fot_jax.host import warn_once
 
 _log = logging.getLogger(__name__)
 
@@ -45,10 +45,5 @@ def kernel(name: str, length: int, head_size: int, dtype: jax.typing.DTypeLike, 
     except ValueError as error:
         if name != "auto":
             raise
-        _say_once(f"attention by XLA: {error}")
+        warn_once(_log, f"attention by XLA: {error}")
         return plain.kernel(platform, length, head_size, jnp.dtype(dtype))
-
-
-@functools.lru_cache(maxsize=64)
-def _say_once(text: str) -> None:
-    _log.warning(text)

@@ -114,9 +114,8 @@ def pack_plan(rows: int, seen: tuple[int, ...]) -> Plan:
 def published_plan(rows: int, range_: int, packing: int = 1, stepping: bool = False) -> Plan:
     """The published training code's scheme: row b sees rows b-1 ... b-range_, never below row 0.
 
-    With stepping, row i of a pack of k = packing rows sees min(i ceil((range_+1) / max(k-1, 1)) + 1, range_+1) - 1
-    preceding
-    rows: none at first, all at last. Packing 1 ignores stepping.
+    With stepping, row i of a pack of k = packing rows sees min(i ceil((range_+1) / max(k-1, 1)) + 1, range_+1) - 1 rows
+    before it: none at first, all at last. Packing 1 ignores stepping.
 
     Args:
         rows: B, a multiple of packing.
