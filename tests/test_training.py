@@ -136,6 +136,20 @@ def test_chunked_loss_never_holds_all_logits():
     assert not sizes(lambda *args: losses.chunked_head_sums(SMALL, 8, *args))
 
 
+def test_gradients_of_weights_are_there_before_the_backward_pass_goes_on():
+    """The compiler is told so for layers before memory layers, memory layers, layers after them and the head."""
+    config = SMALL.replace(n_layers=8, mem_layers=(2, 5))
+    batch = {key: x % 19 if x.dtype == np.int32 else x for key, x in next(toy.Batches(8, 10)).items()}
+    plan = crossbatch.published_plan(8, 1)
+    value = lambda params: losses.loss_sums(config, losses.LossOptions(), plan, params, batch)[0]
+    text = jax.jit(jax.grad(value)).lower(model.abstract_params(config)).as_text()
+    barriers = [line for line in text.splitlines() if "stablehlo.optimization_barrier" in line]
+    weights = [x.shape[1:] for x in jax.tree.leaves(model.abstract_params(config)["segment_0"]["memory"])]
+    tensor = lambda shape: f"tensor<{'x'.join(map(str, shape))}xf32>"
+    of = lambda shapes: sum(all(tensor(shape) in line for shape in [(8, 10, 8), *shapes]) for line in barriers)
+    assert of(weights) == 2 * len(config.segments) - 1 and of([(8, 19)]) == 1
+
+
 def test_accumulated_gradient_equals_the_large_batch():
     optimizer = optax.sgd(1.0)
     batch = next(toy.Batches(8, 10))
