@@ -173,7 +173,9 @@ def gathered(x: jax.Array, parameter: tuple[str, str]) -> jax.Array:
     Raises:
         ValueError: see `constrain`.
     """
-    return constrain(x, *whole(PARAMETERS[parameter]))
+    # Told where it comes from too, or what it is computed from is gathered, as early as in the forward pass.
+    logical = PARAMETERS[parameter]
+    return constrain(constrain(x, *logical), *whole(logical))
 
 
 gathered.defvjp(
