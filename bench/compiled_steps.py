@@ -4,8 +4,8 @@
     python bench/compiled_steps.py --only 3b_v5e --out /tmp/compiled                # what has a name that begins so
     python bench/compiled_steps.py --write                                          # the tables, from the reports alone
 
-Every report is that of `train.py --compile_only`; one that is there already is not made again. Then tables.md is
-written beside them.
+Every report is that of `train.py --compile_only`, with the commit; one that is there already is not made again. Then
+tables.md is written beside them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+CODE = ("fot_jax", "configs", "train.py")
 PLAIN = ("attention=xla", "crossbatch.execution=concatenate")
 
 
@@ -53,9 +54,16 @@ def compiled(name: str, out: pathlib.Path) -> None:
     )
     if not path.exists():
         raise SystemExit(f"{name} ended with {ran.returncode}: {ran.stderr[-2000:]}")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    report = json.loads(path.read_text()) | {"commit": commit.stdout.strip()}
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": commit()}, indent=2) + "\n")
+
+
+def commit() -> str:
+    """The last one that changed what is compiled."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command, "--", *CODE], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return git("log", "-1", "--format=%h") + ("-dirty" if git("diff", "HEAD", "--name-only") else "")
 
 
 def gigabytes(nbytes: float) -> str:
