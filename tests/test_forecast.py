@@ -85,13 +85,11 @@ def test_arithmetic_of_the_3b():
 COMPILED = runpy.run_path(str(ROOT / "bench/compiled_steps.py"))["RUNS"]
 
 
-@pytest.mark.parametrize("name", COMPILED)
+# XLA's own attention, and many contexts side by side, are in no configuration.
+@pytest.mark.parametrize("name", [name for name in COMPILED if not name.startswith(("plain", "concatenate"))])
 def test_the_plan_is_near_what_the_compilers_say(name):
-    path = ROOT / "docs/compiled" / f"{name}.json"
+    report = json.loads((ROOT / "docs/compiled" / f"{name}.json").read_text())
     file, *changes = COMPILED[name]
-    if name.startswith(("plain", "concatenate")):
-        pytest.skip("XLA's own attention, or contexts side by side: in no configuration")
-    report = json.loads(path.read_text())
     name, _, text = file.partition(":")
     config = run_of(name.removesuffix(".py"), text)
     for key, _, value in (change.partition("=") for change in changes):

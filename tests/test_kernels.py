@@ -148,18 +148,17 @@ def compare(kernel, dtype, tolerance, head=20, length=T):
 
 # Splash in one block, and in several: of a causal window it leaves some out.
 @pytest.mark.parametrize(
-    "name, length", [("xla", 1), ("xla", 5), ("xla", 69), ("xla", 133), ("splash", 128), ("splash", 640)]
+    "name, length, head, dtype, tolerance",
+    [
+        *(("xla", length, 20, jnp.float32, 2e-5) for length in (1, 5, 69, 133)),
+        *(("splash", length, 20, jnp.float32, 2e-5) for length in (128, 640)),
+        ("splash", T, 100, jnp.bfloat16, 2e-2),
+    ],
 )
-def test_kernels_are_one_softmax_in_float64(name, length):
+def test_kernels_are_one_softmax_in_float64(name, length, head, dtype, tolerance):
     if name == "splash" and sharding.platform() == "gpu":
         pytest.skip("splash is for TPUs, and interpreted on CPUs")
-    compare(attention.kernel(name, length, 20, jnp.float32), jnp.float32, 2e-5, length=length)
-
-
-def test_splash_in_bfloat16_is_one_softmax_in_float64():
-    if sharding.platform() == "gpu":
-        pytest.skip("splash is for TPUs, and interpreted on CPUs")
-    compare(attention.kernel("splash", T, 100, jnp.bfloat16), jnp.bfloat16, 2e-2, head=100)
+    compare(attention.kernel(name, length, head, dtype), dtype, tolerance, head=head, length=length)
 
 
 def test_kernels_keep_to_the_dtype_of_what_they_are_given():

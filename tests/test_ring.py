@@ -26,7 +26,8 @@ PLANS = {
     "blocks": (crossbatch.block_plan(16, 3), {"mem_positionals": False, "qk_norm": True, "tie_embeddings": True}),
     "all documents": (crossbatch.block_plan(16, 8), {"mem_layers": (1,)}),
     "one document": (crossbatch.block_plan(16, 1), {"mem_layers": (1,)}),
-    "two earlier windows": (crossbatch.block_plan(24, 2, windows=2), {"mem_positionals": False}),
+    "two earlier windows": (crossbatch.block_plan(24, 5, windows=2), {"mem_positionals": False}),
+    "two documents": (crossbatch.block_plan(24, 2, windows=2), {"mem_layers": (1,)}),
 }
 MESHES = {"one": {"data": 1}, "data": {"data": 8}, "all": {"data": 2, "fsdp": 2, "tensor": 2}}
 
