@@ -125,11 +125,12 @@ def main(argv: list[str]) -> int | None:
     # 2. Data: tokenised the first time, then opened. Batches are made ahead in a thread.
     prepared = config.data.prepared or workdir / "data"
     documents = run_config.data_source(config, "train", corpora["train"], tokenizer, prepared)
-    batches = data.Batches(run_config.packed(config, model, documents))
+    rows = training.Rows(config, mesh).numbers
+    batches = data.Batches(run_config.packed(config, model, documents, rows))
     validation = ()
     if config.validation.every:
         held_out = run_config.data_source(config, "validation", corpora["validation"], tokenizer, prepared)
-        validation = data.Batches(run_config.packed(config, model, held_out))
+        validation = data.Batches(run_config.packed(config, model, held_out, rows))
 
     # 3. Parameters, optimizer and data position: from the latest checkpoint in the working directory; else parameters
     #    from init_from; else initial ones. Then steps until config.steps, or SIGTERM.

@@ -323,9 +323,9 @@ class Packed(grain.IterDataset):
         segment_ids int32: 1, 2, ... by document within the row, 0 at padding
         document int32: number of the draw, -1 at padding
 
-    The iterator's state is the draw and the offset in it of every stream. It does not depend on the number of
-    processes: lengths are enough to advance all streams, and a process reads the tokens of its own rows only. A run may
-    go on with another number of processes.
+    The iterator's state is the draw and the offset in it of every stream. It does not depend on which rows are made:
+    lengths are enough to advance all streams, and tokens are read of those rows only. A run may go on with another
+    number of processes, each of which makes the rows of its own devices.
     """
 
     def __init__(
@@ -337,8 +337,7 @@ class Packed(grain.IterDataset):
         windows_per_step: int = 1,
         layout: str = "packed",
         align_documents: bool = False,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
         """Describes the batches.
 
@@ -349,11 +348,10 @@ class Packed(grain.IterDataset):
             windows_per_step: k.
             layout: which row holds window j of stream r: 'packed' r k + j, 'blocks' j R + r.
             align_documents: every document starts a window; the rest of its last one is padding.
-            process_index, process_count: this process gets the rows [index, index + 1) * rows / count if 'packed', as
-                many streams with all their windows if 'blocks', laid out as if there were no others.
+            rows: which rows are made, in this order; None: all.
 
         Raises:
-            ValueError: rows, or of blocks streams, not divisible by the processes, or an argument out of its range.
+            ValueError: an argument out of its range.
         """
         super().__init__()
         for name, value in (("streams", streams), ("window", window), ("windows_per_step", windows_per_step)):
@@ -361,17 +359,12 @@ class Packed(grain.IterDataset):
                 raise ValueError(f"{name} is {value}; wanted at least 1")
         if layout not in ("packed", "blocks"):
             raise ValueError(f"layout is {layout!r}; wanted 'packed' or 'blocks'")
-        if (rows := streams * windows_per_step) % process_count:
-            raise ValueError(
-                f"streams x windows_per_step is {rows}; wanted a multiple of process_count, {process_count}"
-            )
-        if layout == "blocks" and streams % process_count:
-            raise ValueError(f"streams is {streams}; wanted a multiple of process_count, {process_count}")
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index}; wanted 0..{process_count - 1}")
+        total = streams * windows_per_step
+        self.rows = tuple(range(total) if rows is None else map(int, rows))
+        if set(self.rows) - set(range(total)) or len(set(self.rows)) < len(self.rows):
+            raise ValueError(f"rows are {self.rows}; wanted some of 0..{total - 1}, each once")
         self.documents, self.streams, self.window, self.windows_per_step = documents, streams, window, windows_per_step
         self.layout, self.align_documents = layout, align_documents
-        self.rows, self.process_index = rows // process_count, process_index
         # What a state may not be carried over between. The layout moves rows, not streams; it may change.
         self.fingerprint = hash_of(documents.fingerprint, streams, window, windows_per_step, align_documents)
 
@@ -386,6 +379,7 @@ class PackedIterator(grain.DatasetIterator):
         super().__init__()
         self._packed = packed
         self._draw, self._offset = list(range(packed.streams)), [0] * packed.streams
+        self._places = {row: place for place, row in enumerate(packed.rows)}
         # Of each stream's document: the draw and its length, the draw and its tokens. Made anew for another draw.
         self._lengths: dict[int, tuple[int, int]] = {}
         self._tokens: dict[int, tuple[int, np.ndarray]] = {}
@@ -394,7 +388,7 @@ class PackedIterator(grain.DatasetIterator):
         packed = self._packed
         if all(map(self._is_over, self._draw)):
             raise StopIteration
-        shape = (packed.rows, packed.window)
+        shape = (len(packed.rows), packed.window)
         batch = {
             "tokens": np.full(shape, packed.documents.pad_id, np.int32),
             "targets": np.full(shape, packed.documents.pad_id, np.int32),
@@ -404,25 +398,17 @@ class PackedIterator(grain.DatasetIterator):
         }
         for stream in range(packed.streams):
             for j in range(packed.windows_per_step):
-                row = self._row(stream, j)
-                self._read_window(stream, None if row is None else {k: v[row] for k, v in batch.items()})
+                k = packed.windows_per_step
+                row = stream * k + j if packed.layout == "packed" else j * packed.streams + stream
+                place = self._places.get(row)
+                self._read_window(stream, None if place is None else {name: x[place] for name, x in batch.items()})
         return batch
-
-    def _row(self, stream: int, j: int) -> int | None:
-        """The row of this process that window j of a stream is; None where it is another process's."""
-        packed = self._packed
-        if packed.layout == "packed":
-            row = stream * packed.windows_per_step + j - packed.rows * packed.process_index
-            return row if 0 <= row < packed.rows else None
-        streams = packed.rows // packed.windows_per_step
-        mine = stream - streams * packed.process_index
-        return j * streams + mine if 0 <= mine < streams else None
 
     def _is_over(self, draw: int) -> bool:
         return self._packed.documents.n_documents is not None and draw >= self._packed.documents.n_documents
 
     def _read_window(self, stream: int, out: dict[str, np.ndarray] | None) -> None:
-        """Takes one window off a stream, and writes it to a row of the batch unless that row is another process's."""
+        """Takes one window off a stream, and writes it to a row of the batch, if that row is made."""
         packed, at, segment = self._packed, 0, 0
         while at < packed.window and not self._is_over(draw := self._draw[stream]):
             if self._lengths.get(stream, (-1,))[0] != draw:

@@ -408,14 +408,6 @@ def check_batch(config: ConfigDict, model: ModelConfig, mesh_shape: Mapping[str,
             f"batch.rows / batch.accumulate is {rows // parts}; wanted a multiple of {windows}, the windows that a "
             f"document has in a batch (packing; crossbatch.kind {config.crossbatch.kind!r})"
         )
-    processes = jax.process_count()
-    if processes > 1 and (parts > 1 or config.crossbatch.kind == "blocks") and (rows // parts) % (windows * processes):
-        # Each process deals its own rows to microbatches, and its documents' windows to blocks.
-        raise ValueError(
-            f"batch.rows is {rows} with batch.accumulate {parts}, {processes} processes and crossbatch.kind "
-            f"{config.crossbatch.kind!r}; wanted whole documents of {windows} windows in each process's share of a "
-            "microbatch"
-        )
     ways = mesh_shape["data"] * mesh_shape["fsdp"]
     if (rows // parts) % ways:
         raise ValueError(
@@ -491,8 +483,10 @@ def data_source(
     return data.Mixture(parts, seed=None, repeat=False)
 
 
-def packed(config: ConfigDict, model: ModelConfig, documents: data.Mixture) -> data.Packed:
-    """Batches of `config.batch.rows` rows, laid out as crossbatch wants them; this process's part."""
+def packed(
+    config: ConfigDict, model: ModelConfig, documents: data.Mixture, rows: Sequence[int] | None = None
+) -> data.Packed:
+    """Batches of `config.batch.rows` rows, laid out as crossbatch wants them; all, or those of some numbers."""
     kind, windows = layout(config)
     return data.Packed(
         documents,
@@ -501,6 +495,5 @@ def packed(config: ConfigDict, model: ModelConfig, documents: data.Mixture) -> d
         windows_per_step=windows,
         layout=kind,
         align_documents=config.data.align_documents,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )

@@ -225,17 +225,45 @@ def eval_step(config: ModelConfig, options: LossOptions, params: PyTree, batch: 
     return jax.tree.map(lambda x: x.sum(), jax.lax.map(one, batch))
 
 
-def microbatches(batch: Batch, accumulate: int, blocks: int = 1, shards: int = 1) -> Batch:
-    """Rows [R, T] dealt to microbatches [A, R / A, T]; each keeps whole documents (see `run_config.layout`), its blocks
-    dealt to shards (see `crossbatch.Plan.dealt`).
+def microbatches(config: ConfigDict, shards: int = 1) -> np.ndarray:
+    """int [A, R / A]: the numbers of a batch's rows as microbatches have them. Each keeps whole documents (see
+    `run_config.layout`), its blocks dealt to shards (see `crossbatch.Plan.dealt`).
     """
-    shards = shards if blocks > 1 else 1
+    blocks = run_config.layout(config)[1] if config.crossbatch.kind == "blocks" else 1
+    apart = np.arange(config.batch.rows).reshape(blocks, config.batch.accumulate, shards if blocks > 1 else 1, -1)
+    return np.moveaxis(apart, 0, 2).reshape(config.batch.accumulate, -1)
 
-    def deal(x: np.ndarray) -> np.ndarray:
-        apart = x.reshape(blocks, accumulate, shards, -1, x.shape[-1])
-        return np.moveaxis(apart, 0, 2).reshape(accumulate, -1, x.shape[-1])
 
-    return {key: deal(np.asarray(batch[key])) for key in ("tokens", "targets", "loss_mask", "segment_ids")}
+class Rows:
+    """Which rows of a batch this process has, and how they become the batch of all.
+
+    Attributes:
+        numbers: int [n], of the rows that this process's devices take, ascending: what its data should make.
+    """
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        order = microbatches(config, mesh.shape["data"] * mesh.shape["fsdp"])
+        self._place = NamedSharding(mesh, P(None, *sharding.spec("batch")))
+        indices = self._place.addressable_devices_indices_map(order.shape).values()
+        self._columns = np.unique(np.concatenate([np.arange(order.shape[1])[columns] for _, columns in indices]))
+        self.numbers = np.sort(order[:, self._columns], axis=None)
+        self._taken = np.searchsorted(self.numbers, order[:, self._columns])
+        self._rows = order.shape[1]
+
+    def together(self, batch: Batch) -> Batch:
+        """Arrays of all processes, [A, R / A, T], from this one's rows [n, T]."""
+
+        def joined(x: np.ndarray) -> Array:
+            micro = np.asarray(x)[self._taken]
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                columns = np.arange(self._rows)[index[1]]
+                return micro[:, np.searchsorted(self._columns, columns)]
+
+            shape = (micro.shape[0], self._rows, micro.shape[-1])
+            return jax.make_array_from_callback(shape, self._place, part)
+
+        return {key: joined(batch[key]) for key in ("tokens", "targets", "loss_mask", "segment_ids")}
 
 
 # ------------------------------------------------------------------------------------------------------------- loop
@@ -275,7 +303,6 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     pretrained = run_config.read_model(source) if source else None
     model_config = run_config.model_config(config, pretrained)
     run_config.check_batch(config, model_config, mesh.shape)
-    _check_rows(mesh, config.batch.rows // config.batch.accumulate)
     with jax.set_mesh(mesh):
         length, dtype = run_config.batch_length(config, model_config), model_config.dtypes.compute
         attention.kernel(config.attention, length, model_config.head_size, dtype)
@@ -289,20 +316,6 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     return model_config, mesh
 
 
-def _check_rows(mesh: jax.sharding.Mesh, rows: int) -> None:
-    """Refuses devices that take other rows of a microbatch than the p-th part of them, of process p, which data has."""
-    process, processes = jax.process_index(), jax.process_count()
-    found = sharding.batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
-    wanted = slice(process * rows // processes, (process + 1) * rows // processes)
-    of_process = sorted({row for (part,) in found for row in range(*part.indices(rows))})
-    if of_process != list(range(rows))[wanted]:
-        raise ValueError(
-            f"process {process} of {processes} has devices for rows {', '.join(map(str, of_process[:6]))}, ... of "
-            f"{rows}; wanted rows {wanted.start} to {wanted.stop - 1}: data x fsdp to follow the processes one after "
-            "another, and tensor to stay within one"
-        )
-
-
 def train(
     config: ConfigDict, workdir: str | pathlib.Path, batches: Iterator[Batch], validation: Iterable[Batch] = ()
 ) -> TrainState:
@@ -313,7 +326,8 @@ def train(
     Args:
         config: see `run_config.default_config`.
         workdir: holds checkpoints, metrics and the model's configuration.
-        batches: endless iterator with get_state() -> JSON value and set_state(); see `data.Batches`.
+        batches: endless iterator with get_state() -> JSON value and set_state(), of this process's rows (see `Rows`);
+            see `data.Batches`.
         validation: held-out batches; as many as `config.validation.batches` are kept and used every time.
 
     Returns:
@@ -352,14 +366,7 @@ def train(
             initial = jax.jit(run_programs.initial, out_shardings=places, compiler_options=quick)
             state = initial(jax.random.key(config.seed))
 
-        blocks = run_config.layout(config)[1] if config.crossbatch.kind == "blocks" else 1
-        shards = sharding.ways("batch")
-
-        def put(batch: Batch) -> Batch:
-            micro = microbatches(batch, config.batch.accumulate, blocks, shards // jax.process_count())
-            place = run_programs.batch["tokens"].sharding
-            return {key: jax.make_array_from_process_local_data(place, x) for key, x in micro.items()}
-
+        shards, put = sharding.ways("batch"), Rows(config, mesh).together
         step = first = int(state.step)
         length = run_config.batch_length(config, model_config)
         tokens = config.batch.rows * length

@@ -495,38 +495,37 @@ def test_resuming_twice_gives_the_same_batches(ahead):
 
 
 @pytest.mark.parametrize("layout", ["packed", "blocks"])
-def test_the_stream_does_not_depend_on_the_number_of_processes(layout):
-    def make(i, n):
-        sizes = dict(streams=4, window=8, windows_per_step=2, layout=layout)
-        return data.Packed(mixture_of_two(), **sizes, process_index=i, process_count=n)
+def test_the_stream_does_not_depend_on_who_makes_which_rows(layout):
+    def make(rows=None):
+        return data.Packed(mixture_of_two(), streams=4, window=8, windows_per_step=2, layout=layout, rows=rows)
 
-    def joined(parts):
-        """Of blocks each process has its streams of both."""
-        if layout == "packed":
-            return {n: np.concatenate([p[n] for p in parts]) for n in NAMES}
-        return {n: np.concatenate([p[n].reshape(2, -1, 8) for p in parts], axis=1).reshape(8, 8) for n in NAMES}
+    def joined(parts, batches):
+        whole = {name: np.empty((8, 8), batches[0][name].dtype) for name in NAMES}
+        for rows, batch in zip(parts, batches, strict=True):
+            for name, x in batch.items():
+                whole[name][list(rows)] = x
+        return whole
 
-    counts = (2, 4, 8) if layout == "packed" else (2, 4)
-    whole = list(itertools.islice(make(0, 1), 12))
-    for count in counts:
-        parts = [list(itertools.islice(make(i, count), 12)) for i in range(count)]
+    whole = list(itertools.islice(make(), 12))
+    splits = [[range(8)], [(0, 1, 4, 5), (2, 3, 7, 6)], [(i,) for i in range(8)]]
+    for parts in splits[1:]:
+        made = [list(itertools.islice(make(rows), 12)) for rows in parts]
         for step, batch in enumerate(whole):
-            assert same(batch, joined([p[step] for p in parts]))
+            assert same(batch, joined(parts, [one[step] for one in made]))
     state, got = None, []
-    for count, steps in ((2, 5), (1, 3), (counts[-1], 4)):  # one run, three numbers of processes
-        iterators = [iter(make(i, count)) for i in range(count)]
+    for parts, steps in zip((splits[1], splits[0], splits[2]), (5, 3, 4), strict=True):  # one run, three numbers
+        iterators = [iter(make(rows)) for rows in parts]
         for iterator in iterators:
             if state is not None:
                 iterator.set_state(state)
         for _ in range(steps):
-            step = [next(iterator) for iterator in iterators]
-            got.append(joined(step))
+            got.append(joined(parts, [next(iterator) for iterator in iterators]))
         assert all(iterator.get_state() == iterators[0].get_state() for iterator in iterators)
         state = iterators[-1].get_state()
     assert all(map(same, got, whole))
 
 
-def test_a_process_reads_only_its_own_documents():
+def test_only_documents_of_the_rows_asked_for_are_read():
     source = tokens_of([30] * 8)
     mixture = data.Mixture([data.Source(source)], seed=None, repeat=False)
     read = []
@@ -534,22 +533,19 @@ def test_a_process_reads_only_its_own_documents():
         tokens=lambda n: read.append(n) or mixture.tokens(n),
         **{n: getattr(mixture, n) for n in ("length", "n_documents", "fingerprint", "pad_id")},
     )
-    list(data.Packed(recorder, streams=4, window=8, process_index=1, process_count=2))
+    list(data.Packed(recorder, streams=4, window=8, rows=(2, 3)))
     assert read == [2, 3, 6, 7]  # each of them once, though read in several windows
 
 
 def test_packing_errors():
     mixture = mixture_of_two()
-    with pytest.raises(ValueError, match="streams x windows_per_step is 6; wanted a multiple of process_count, 4"):
-        data.Packed(mixture, streams=3, window=8, windows_per_step=2, process_count=4)
-    with pytest.raises(ValueError, match="streams is 3; wanted a multiple of process_count, 2"):
-        data.Packed(mixture, streams=3, window=8, windows_per_step=2, layout="blocks", process_count=2)
     with pytest.raises(ValueError, match="layout is 'rows'; wanted 'packed' or 'blocks'"):
         data.Packed(mixture, streams=3, window=8, layout="rows")
     with pytest.raises(ValueError, match="window is 0"):
         data.Packed(mixture, streams=3, window=0)
-    with pytest.raises(ValueError, match="process_index is 2; wanted 0..1"):
-        data.Packed(mixture, streams=4, window=8, process_index=2, process_count=2)
+    for rows in ((0, 4), (-1,), (2, 2)):
+        with pytest.raises(ValueError, match=r"rows are .*; wanted some of 0..3, each once"):
+            data.Packed(mixture, streams=4, window=8, rows=rows)
     state = iter(data.Packed(mixture, streams=4, window=8)).get_state()
     for other in (dict(streams=5, window=8), dict(streams=4, window=9)):
         with pytest.raises(ValueError, match="data position"):

@@ -158,7 +158,7 @@ def test_accumulated_gradient_equals_the_large_batch():
     batch["loss_mask"][2:4, 1:] = False
 
     def step(accumulate, options):
-        micro = training.microbatches(batch, accumulate)
+        micro = {key: x.reshape(accumulate, -1, x.shape[-1]) for key, x in batch.items() if key != "document"}
         state = training.new_state(random_params(SMALL), optimizer)
         rate = lambda count: jnp.float32(1.0)
         return jax.jit(lambda s, b: training.train_step(SMALL, options, optimizer, rate, None, s, b))(state, micro)
@@ -171,12 +171,11 @@ def test_accumulated_gradient_equals_the_large_batch():
 
 
 def test_microbatches_keep_documents_whole():
-    rows = np.repeat(np.arange(12)[:, None], 2, axis=1)
-    batch = {key: rows for key in ("tokens", "targets", "loss_mask", "segment_ids")}
-    packed = training.microbatches(batch, 3)["tokens"][:, :, 0]
-    assert packed.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    blocks = training.microbatches(batch, 3, blocks=2)["tokens"][:, :, 0]  # row j * 6 + stream
-    assert blocks.tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    run = dict(batch__rows=12, batch__accumulate=3)
+    assert training.microbatches(toy.config(**run)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    blocks = toy.config(**run, crossbatch__kind="blocks", crossbatch__contexts=(1,))  # row j * 6 + stream
+    assert training.microbatches(blocks).tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert training.microbatches(blocks, 2).tolist() == [[0, 6, 1, 7], [2, 8, 3, 9], [4, 10, 5, 11]]
 
 
 def test_rows_of_earlier_windows_can_be_left_out_of_the_loss():
@@ -431,26 +430,6 @@ def test_microbatches_that_leave_rows_few_contexts_are_warned_of(caplog):
                 record.getMessage()
             )
         caplog.clear()
-
-
-@pytest.mark.parametrize(("rows", "kind"), [(8, "published"), (8, "blocks")])
-def test_microbatches_of_several_processes_hold_whole_documents(rows, kind, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 4)
-    ways = dict(data=1, fsdp=1)
-    good = toy.config(batch__rows=16, batch__accumulate=2, crossbatch__kind="published", crossbatch__packing=2)
-    run_config.check_batch(good, run_config.model_config(good), ways)
-    bad = toy.config(batch__rows=rows, batch__accumulate=2, crossbatch__kind=kind, crossbatch__packing=2)
-    with pytest.raises(ValueError, match=f"batch.rows is {rows} with batch.accumulate 2, 4 processes"):
-        run_config.check_batch(bad, run_config.model_config(bad), ways)
-
-
-def test_rows_that_other_processes_have_are_refused(monkeypatch, devices):
-    """All devices here are those of process 0."""
-    mesh = sharding.make_mesh({"data": 8}, devices)
-    training._check_rows(mesh, 16)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="process 0 of 2 has devices for rows 0, 1, .* of 16; wanted rows 0 to 7"):
-        training._check_rows(mesh, 16)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
