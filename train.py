@@ -18,6 +18,7 @@ not fit the chips.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pathlib
@@ -27,9 +28,9 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fot_jax import checkpoint, data, files, run_config, training
+from fot_jax import checkpoint, data, files, processes, run_config, training
 from fot_jax.hardware import hardware
-from fot_jax.host import keep_freed_memory, one_line
+from fot_jax.host import keep_freed_memory, one_line, versions
 from fot_jax.tokenizer import Tokenizer, check_vocab
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -47,6 +48,12 @@ _CACHE = flags.DEFINE_string(
     "Folder of compiled programs; by default JAX_COMPILATION_CACHE_DIR, or else WORKDIR/compiled, but for CPUs. 'none' "
     "for none of ours.",
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, where nothing else (TPU pod, SLURM, Open MPI, Kubernetes) says it."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this one, with --coordinator.", lower_bound=0)
+_TIMEOUT = flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for the other processes.", lower_bound=1.0)
 
 
 def forecast_only(config: ConfigDict) -> int:
@@ -94,6 +101,13 @@ def main(argv: list[str]) -> int | None:
             raise SystemExit(f"train.py: {one_line(error)}") from error
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is not set; wanted a folder")
+    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
+    packages = versions("fot-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
+    facts = {"versions": packages, "workdir": str(workdir), "config": json.loads(json.dumps(config.to_dict()))}
+    try:
+        processes.start(processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), facts, _TIMEOUT.value)
+    except (ValueError, processes.ProcessError) as error:
+        raise SystemExit(f"train.py: {error}") from error
     stated = _CACHE.value or jax.config.jax_compilation_cache_dir
     # A CPU's programs are compiled in seconds, and are for the machine that they were compiled on.
     if _CACHE.value != "none" and (stated or jax.default_backend() != "cpu"):
@@ -102,7 +116,6 @@ def main(argv: list[str]) -> int | None:
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
     log = logging.getLogger("fot_jax")
     log.setLevel(logging.INFO)
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
 
     # 1. Everything that can be wrong with the configuration, before any long work.
     model, mesh = training.check(config, workdir)

@@ -7,9 +7,7 @@ made.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import math
 import os
 import time
@@ -22,7 +20,7 @@ from ml_collections import ConfigDict
 from fot_jax import attention, crossbatch, hlo, run_config, sharding, training
 from fot_jax.config import ModelConfig
 from fot_jax.hardware import Hardware
-from fot_jax.host import row, size
+from fot_jax.host import row, size, versions
 from fot_jax.metrics import flops_per_token
 
 
@@ -386,17 +384,8 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
         code_bytes=found.generated_code_size_in_bytes,
         collectives=hlo.Program(program.as_text()).collectives(),
         seconds=seconds,
-        versions=_versions("jax-cuda13-plugin" if chips.chip.gpu else "libtpu"),
+        versions=versions("jax", "jaxlib", "jax-cuda13-plugin" if chips.chip.gpu else "libtpu"),
     )
-
-
-def _versions(compiler: str) -> dict[str, str]:
-    """Of JAX and a chip's compiler, where it is a package."""
-    found = {}
-    for package in ("jax", "jaxlib", compiler):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
 
 
 def _batch(of: Arithmetic | Compiled) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import importlib.metadata
 import logging
 
 
@@ -28,6 +30,15 @@ def size(nbytes: float) -> str:
 def one_line(error: BaseException) -> str:
     """An error's message as one line for a terminal."""
     return printable(" ".join(str(error).split()))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fot_jax"
 
 # A module may import modules of earlier lines only.
 ORDER = [
-    {"config", "files", "hardware", "hlo", "host", "sources"},
+    {"config", "files", "hardware", "hlo", "host", "processes", "sources"},
     {"sharding", "tokenizer"},
     {"data", "attention", "checkpoint"},
     {"formats", "memory", "crossbatch"},
