@@ -28,7 +28,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fot_jax import checkpoint, data, files, processes, run_config, training
+from fot_jax import checkpoint, data, files, processes, run_config, training, watching
 from fot_jax.hardware import hardware
 from fot_jax.host import keep_freed_memory, one_line, versions
 from fot_jax.tokenizer import Tokenizer, check_vocab
@@ -54,6 +54,7 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this one, with --coordinator.", lower_bound=0)
 _TIMEOUT = flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for the other processes.", lower_bound=1.0)
+_PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST; a trace of these steps goes to WORKDIR/profile.")
 
 
 def forecast_only(config: ConfigDict) -> int:
@@ -83,7 +84,7 @@ def forecast_only(config: ConfigDict) -> int:
 
 
 def main(argv: list[str]) -> int | None:
-    """Checks, then data, then training."""
+    """Reads the flags, and runs what they say."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
     # JAX would take three quarters of a GPU; forecasts reckon with all that the data sheet has, which is 94% of it.
@@ -101,23 +102,40 @@ def main(argv: list[str]) -> int | None:
             raise SystemExit(f"train.py: {one_line(error)}") from error
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is not set; wanted a folder")
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value).absolute()
+    config, workdir = _CONFIG.value, files.location(_WORKDIR.value)
+    profile = watching.steps_of_profile(_PROFILE.value)
+    if files.store_of(workdir) and not config.data.prepared:
+        raise ValueError(f"workdir is {workdir}; wanted config key data.prepared too, a folder for tokenised documents")
     packages = versions("fot-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
     facts = {"versions": packages, "workdir": str(workdir), "config": json.loads(json.dumps(config.to_dict()))}
+
+    def kept() -> str:
+        found = checkpoint.steps(workdir)
+        which = f"The checkpoint of step {found[-1]} is whole" if found else "There is no checkpoint yet"
+        return f"{which}; the same command for all processes resumes."
+
     try:
-        processes.start(processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value), facts, _TIMEOUT.value)
-    except (ValueError, processes.ProcessError) as error:
+        at = processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        with processes.together(at, facts, timeout_s=_TIMEOUT.value, epilogue=kept) as group:
+            run(config, workdir, group, profile)
+    except processes.ProcessError as error:
         raise SystemExit(f"train.py: {error}") from error
+    return None
+
+
+def run(config: ConfigDict, workdir: files.Location, group: processes.Group, profile: tuple[int, int] | None) -> None:
+    """Checks, then data, then training, by all processes."""
     stated = _CACHE.value or jax.config.jax_compilation_cache_dir
     # A CPU's programs are compiled in seconds, and are for the machine that they were compiled on.
     if _CACHE.value != "none" and (stated or jax.default_backend() != "cpu"):
-        jax.config.update("jax_compilation_cache_dir", str(stated or pathlib.Path(_WORKDIR.value) / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(stated or workdir / "compiled"))
     keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
     log = logging.getLogger("fot_jax")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if group.at.process == 0 else logging.WARNING)
 
     # 1. Everything that can be wrong with the configuration, before any long work.
+    group.sees(workdir)
     model, mesh = training.check(config, workdir)
     if not config.data.tokenizer:
         raise ValueError("config key data.tokenizer is empty; wanted a SentencePiece model or a tokenizer.json")
@@ -132,8 +150,9 @@ def main(argv: list[str]) -> int | None:
     splits = ("train", "validation") if config.validation.every else ("train",)
     corpora = {split: run_config.open_corpora(config, split) for split in splits}
     log.info("model %s on mesh %s", model, dict(mesh.shape))
-    workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(workdir / tokenizer.file_name)
+    if group.at.process == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(workdir / tokenizer.file_name)
 
     # 2. Data: tokenised the first time, then opened. Batches are made ahead in a thread.
     prepared = config.data.prepared or workdir / "data"
@@ -144,10 +163,12 @@ def main(argv: list[str]) -> int | None:
     if config.validation.every:
         held_out = run_config.data_source(config, "validation", corpora["validation"], tokenizer, prepared)
         validation = data.Batches(run_config.packed(config, model, held_out, rows))
+    # Where each host tokenises for itself, one may take longer than another.
+    group.agree({"data": documents.fingerprint, "steps saved": checkpoint.steps(workdir)}, timeout_s=24 * 3600)
 
     # 3. Parameters, optimizer and data position: from the latest checkpoint in the working directory; else parameters
     #    from init_from; else initial ones. Then steps until config.steps, or SIGTERM.
-    training.train(config, workdir, batches, validation)
+    training.train(config, workdir, batches, validation, profile)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--window", type=int, metavar="W", help="tokens of the window, where the source does not say it or is wrong")
     add("--verify", action="store_true", help="compare the result with the source; DST appears only if they agree")
     add("--tolerance", type=float, help="of --verify: greatest difference over greatest logit")
+    add("--step", type=int, metavar="N", help="which checkpoint of a working directory (default: the latest)")
     add("--plan", action="store_true", help="say what would be done, and what it needs; read no weights")
     add("--overwrite", action="store_true", help="replace DST")
     add("--json", type=pathlib.Path, metavar="FILE", help="write plan and results there")
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     stated = named(args.size) if args.size else None
-    source = formats.open_checkpoint(args.source, size=stated, window=args.window)
+    source = formats.open_checkpoint(args.source, size=stated, window=args.window, step=args.step)
     if stated and source.layout is not easylm.LAYOUT:
         raise ValueError(
             f"--size is for EasyLM's checkpoints; {args.source} is {source.layout.format}'s and says its own"

@@ -197,10 +197,8 @@ def make_plan(
     config = found.replace(n_kv_heads=found.n_kv_heads * repeat)
     notes = []
     try:
-        if to == "hf":
-            _check_published(config)
-        elif to == "hf-llama":
-            config_lib.to_hf_llama(config)  # of the source's memory layers: without them it may be another model
+        if to != "orbax":  # with the source's memory layers: without them it may be another model
+            config_lib.check_target(config, to)
     except ValueError as error:
         raise ValueError(f"{source.path}: {error}") from error
     if memory_layers is not None:
@@ -238,25 +236,6 @@ def _joint(dtypes: set[np.dtype]) -> np.dtype:
     if len(dtypes) == 1:
         return next(iter(dtypes))
     return np.dtype(np.float64 if np.dtype(np.float64) in dtypes else np.float32)
-
-
-def _check_published(config: ModelConfig) -> None:
-    """Refuses a model that the published LongLLaMA code does not know."""
-    config_lib.to_hf(config)
-    if config.n_kv_heads != config.n_heads:
-        raise ValueError(
-            f"n_kv_heads is {config.n_kv_heads} for {config.n_heads} query heads; the published LongLLaMA code knows "
-            "no grouped queries: wanted --expand-kv-heads, which repeats key and value heads, or another target"
-        )
-    if config.head_size * config.n_heads != config.d_model:
-        raise ValueError(
-            f"head_size is {config.head_size}; the published LongLLaMA code wanted d_model / n_heads, "
-            f"{config.d_model} / {config.n_heads}: take another target"
-        )
-    if config.qk_norm:
-        raise ValueError(
-            "qk_norm is True; the published LongLLaMA code has no query/key normalisation: take another target"
-        )
 
 
 # Every part has its place: a part that is added to one table only would be lost here.

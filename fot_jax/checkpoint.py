@@ -11,6 +11,10 @@ A working directory holds `model.json` (the ModelConfig, so that an evaluation n
 A step is written beside (`STEP.orbax-checkpoint-tmp`) and renamed when it is whole, so a name that is a number is a
 complete checkpoint whatever killed the process. The array files have no checksum of their own: a flipped bit would load
 as another number. The checksums in `run` make it an error.
+
+The working directory may be at a URL. In Google's store (gs://) Orbax writes each step in its place, and a file in it
+last, which makes it complete. To S3 (s3://) it cannot write: there a step is written to a disk (see `staging`) and
+copied, in the same order.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -28,9 +33,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from fot_jax import files
+from fot_jax import files, staging
 from fot_jax.config import DtypePolicy, ModelConfig
 
 PyTree = Any
@@ -55,7 +61,7 @@ def _context() -> ocp.Context:
 
 def write_model(workdir: str | pathlib.Path, config: ModelConfig) -> None:
     """Writes `model.json`."""
-    files.write_json(pathlib.Path(workdir) / "model.json", dataclasses.asdict(config))
+    files.write_json(files.location(workdir) / "model.json", dataclasses.asdict(config))
 
 
 def read_model(workdir: str | pathlib.Path) -> ModelConfig:
@@ -65,7 +71,7 @@ def read_model(workdir: str | pathlib.Path) -> ModelConfig:
         FileNotFoundError: no such file.
         CheckpointError: not JSON, or fields that ModelConfig does not have.
     """
-    path = pathlib.Path(workdir) / "model.json"
+    path = files.location(workdir) / "model.json"
     try:
         fields = files.read_json(path)
         return ModelConfig(**{**fields, "dtypes": DtypePolicy(**fields["dtypes"])})
@@ -75,15 +81,18 @@ def read_model(workdir: str | pathlib.Path) -> ModelConfig:
 
 def steps(workdir: str | pathlib.Path) -> list[int]:
     """Steps with a complete checkpoint, ascending; reading only, so safe beside a running training."""
-    directory = pathlib.Path(workdir) / "checkpoints"
+    directory = files.location(workdir) / "checkpoints"
     if not directory.is_dir():
         return []
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdecimal())
+    found = [entry for entry in directory.iterdir() if entry.name.isdecimal()]
+    if files.store_of(workdir):
+        found = [entry for entry in found if (entry / staging.COMMITTED).exists()]
+    return sorted(int(entry.name) for entry in found)
 
 
 def is_workdir(path: str | pathlib.Path) -> bool:
     """Whether `path` is a working directory with at least one checkpoint."""
-    return (pathlib.Path(path) / "model.json").is_file() and bool(steps(path))
+    return (files.location(path) / "model.json").is_file() and bool(steps(path))
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -145,6 +154,18 @@ def _hash(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class _NewestMultiples:
+    """Orbax's policy that keeps the newest two of the steps that are multiples of a number."""
+
+    number: int
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Which of the checkpoints are kept."""
+        newest = sorted(c.step for c in checkpoints if c.step % self.number == 0)[-2:]
+        return [c.step in newest for c in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of the one process group that trains in a working directory.
 
@@ -154,33 +175,49 @@ class Checkpoints:
         save_every: steps between checkpoints.
         keep_last: how many of the newest are kept.
         keep_every: steps that are multiples of this are kept for good; 0 for none.
+        exported_every: of steps that are multiples of this the newest two are kept, for who reads them; 0 for none.
+
+    Attributes:
+        directory: where they are.
+        newest: step of the newest that this run has completed; None before.
 
     Raises:
         CheckpointError: `model.json` is there and says another model.
     """
 
     def __init__(
-        self, workdir: str | pathlib.Path, config: ModelConfig, *, save_every: int, keep_last: int, keep_every: int = 0
+        self,
+        workdir: str | os.PathLike,
+        config: ModelConfig,
+        *,
+        save_every: int,
+        keep_last: int,
+        keep_every: int = 0,
+        exported_every: int = 0,
     ):
-        workdir = pathlib.Path(workdir).absolute()
+        workdir = files.location(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         if steps(workdir):
             check_same_model(workdir, config)
+        self.directory = workdir / "checkpoints"
+        self._staged = files.location(_staged(workdir)) if files.store_of(workdir) == "s3" else None
         if jax.process_index() == 0:
             write_model(workdir, config)
-            for half in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half)
-        self.directory = workdir / "checkpoints"
+            _remove_incomplete(self.directory, steps(workdir))
+            if self._staged:
+                _remove_incomplete(self._staged, steps(workdir))
         keep = ocp.training.preservation_policies
         policies = [keep.LatestN(keep_last)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
+        policies += [_NewestMultiples(exported_every)] if exported_every else []
         self._orbax = ocp.training.Checkpointer(
-            self.directory,
+            self._staged or self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(save_every),
             preservation_policy=keep.AnyPreservationPolicy(policies),
             context=_context(),
         )
         self._pending: tuple[int, Any] | None = None
         self._broken = False
+        self.newest: int | None = None
 
     def should_save(self, step: int) -> bool:
         """Whether `step` is due."""
@@ -208,7 +245,10 @@ class Checkpoints:
             "run": {**run, "checksums": _checksums(params=params, optimizer=flat), "data_hash": _hash(data)},
         }
         try:
-            self._pending = (step, self._orbax.save_checkpointables_async(step, parts, force=True))
+            saving = self._orbax.save_checkpointables_async(step, parts, force=True)
+            if self._staged and jax.process_index() == 0:
+                saving = staging.Copy(saving, pathlib.Path(self._staged / str(step)), self.directory / str(step))
+            self._pending = (step, saving)
         except Exception as error:
             raise self._failed(step, error) from error
 
@@ -218,7 +258,7 @@ class Checkpoints:
             step, response = self._pending
             try:
                 response.result(timeout=0)
-                self._pending = None
+                self._pending, self.newest = None, step
             except TimeoutError:
                 pass
             except Exception as error:
@@ -230,7 +270,7 @@ class Checkpoints:
             step, response = self._pending
             try:
                 response.result()
-                self._pending = None
+                self._pending, self.newest = None, step
             except Exception as error:
                 raise self._failed(step, error) from error
 
@@ -244,14 +284,28 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         self._pending, self._broken = None, True
-        for half in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half, ignore_errors=True)  # on a full disk it only takes room
         whole = steps(self.directory.parent)
+        with contextlib.suppress(Exception):  # on a full disk it only takes room; a store may be out of reach
+            _remove_incomplete(self._staged or self.directory, whole, only=step)
         left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint exists"
         return CheckpointError(
             f"saving step {step} to {self.directory / str(step)} failed: {files.first_line(error)}; {left}. "
             "Make room or repair the disk, then run the same command to resume."
         )
+
+
+def _staged(workdir: str | os.PathLike) -> pathlib.Path:
+    """The checkpoints on the disk of a working directory at a URL that Orbax cannot write to."""
+    return staging.folder(files.location(workdir)) / "checkpoints"
+
+
+def _remove_incomplete(directory: files.Location, complete: list[int], only: int | None = None) -> None:
+    """Removes what a killed run left of checkpoints, of all steps or of one."""
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        step = entry.name.partition(".")[0]
+        if step.isdecimal() and int(step) == (int(step) if only is None else only):
+            if entry.name != step or int(step) not in complete:
+                entry.rmtree(missing_ok=True)
 
 
 def check_same_model(workdir: str | pathlib.Path, config: ModelConfig) -> None:
@@ -301,6 +355,12 @@ def restore(
         CheckpointError: a tensor of another shape or dtype, missing or too many; damaged files.
     """
     path = _path(workdir, step)
+    if files.store_of(workdir) == "s3":
+        there, path = path, _staged(workdir) / path.name
+        if jax.process_index() == 0:
+            _fetched(there)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{there} is on the disk")
     flat = named_leaves(optimizer)
     loaded = _load(path, {"params": params, "optimizer": flat, "data": None, "run": None})
     _check_checksums(path, loaded["run"], params=loaded["params"], optimizer=loaded["optimizer"])
@@ -313,11 +373,21 @@ def restore(
 
 def _path(workdir: str | pathlib.Path, step: int | None) -> pathlib.Path:
     found = steps(workdir)
-    directory = pathlib.Path(workdir).absolute() / "checkpoints"
+    directory = files.location(workdir) / "checkpoints"
     if not found or (step is not None and step not in found):
         wanted = "a step" if step is None else f"step {step}"
         raise FileNotFoundError(f"{directory} holds steps {found}; wanted {wanted}")
     return directory / str(found[-1] if step is None else step)
+
+
+def _fetched(path: files.Location) -> pathlib.Path:
+    """A checkpoint at a URL that Orbax cannot read from, on the disk; for one process to call."""
+    step = _staged(path.parent.parent) / path.name
+    told = pathlib.PurePosixPath("run", "data.json")  # checksums of all that is in it
+    if not step.exists() or (step / told).read_bytes() != (path / told).read_bytes():
+        step.parent.mkdir(parents=True, exist_ok=True)
+        staging.download(path, step)
+    return step
 
 
 def _metadata(path: pathlib.Path, *wanted: str) -> dict[str, PyTree]:

@@ -428,3 +428,32 @@ def to_hf_llama(config: ModelConfig) -> dict[str, Any]:
         "torch_dtype": config.dtypes.params,
         "use_cache": True,
     }
+
+
+def check_target(config: ModelConfig, to: str) -> None:
+    """Refuses a model that a format for others' code cannot hold.
+
+    Args:
+        to: 'hf', LongLLaMA for the published code; 'hf-llama', LLaMA for `transformers`.
+
+    Raises:
+        ValueError: names what is in the way.
+    """
+    if to == "hf-llama":
+        to_hf_llama(config)
+        return
+    to_hf(config)
+    if config.n_kv_heads != config.n_heads:
+        raise ValueError(
+            f"n_kv_heads is {config.n_kv_heads} for {config.n_heads} query heads; the published LongLLaMA code knows "
+            "no grouped queries: wanted --expand-kv-heads, which repeats key and value heads, or another target"
+        )
+    if config.head_size * config.n_heads != config.d_model:
+        raise ValueError(
+            f"head_size is {config.head_size}; the published LongLLaMA code wanted d_model / n_heads, "
+            f"{config.d_model} / {config.n_heads}: take another target"
+        )
+    if config.qk_norm:
+        raise ValueError(
+            "qk_norm is True; the published LongLLaMA code has no query/key normalisation: take another target"
+        )

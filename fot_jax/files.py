@@ -4,12 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import fsspec
+from etils import epath
+
+Location = epath.Path
+# Object stores, and the packages through which fsspec knows them.
+_STORES = {"gs": "gcsfs", "s3": "s3fs"}
+
+
+def location(stated: str | os.PathLike) -> Location:
+    """A file or folder, on a disk (made absolute) or at a URL like gs://BUCKET/NAME or s3://BUCKET/NAME.
+
+    Raises:
+        ImportError: the package for that store is not installed.
+    """
+    if not (store := store_of(stated)):
+        return epath.Path(os.path.abspath(stated))
+    if importlib.util.find_spec(_STORES[store]) is None:
+        raise ImportError(f"{os.fspath(stated)}: wanted the package {_STORES[store]} (pip install {_STORES[store]})")
+    # What other processes write is not in a list that was kept.
+    for protocol in (store, _STORES[store].removesuffix("fs")):
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    return epath.Path(stated)
+
+
+def store_of(stated: str | os.PathLike) -> str:
+    """'gs' or 's3' for the URL of an object store, '' for a path on a disk."""
+    scheme, found, _ = os.fspath(stated).partition("://")
+    return scheme if found and scheme in _STORES else ""
+
 
 # Files beside the weights that say how text becomes tokens and how it is asked for, in every layout that has any.
 TOKENIZER_FILES = (
@@ -60,7 +91,10 @@ def failing_as(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a whole file, as `replacing` does."""
+    """Writes a whole file, as `replacing` does; at a URL, an object, which is there whole or not at all."""
+    if store_of(path):
+        location(path).write_bytes(data)
+        return
     with failing_as(path), replacing(path) as partial:
         partial.write_bytes(data)
 

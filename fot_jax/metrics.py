@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
-import pathlib
+import os
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
 import tensorboardX
 import tqdm
 
-from fot_jax import crossbatch
+from fot_jax import crossbatch, files
 from fot_jax.config import ModelConfig
+from fot_jax.mirror import Mirror
 
 _log = logging.getLogger(__name__)
 
@@ -38,21 +41,35 @@ def flops_per_token(config: ModelConfig, plan: crossbatch.Plan | None = None, le
 
 
 class Metrics:
-    """Writes numbers where people look: a progress bar or plain lines, `metrics.jsonl`, TensorBoard's files.
+    """Writes numbers where people look: a progress bar or plain lines, `metrics.jsonl`, TensorBoard's files,
+    and Weights & Biases if asked. Only process 0 writes.
 
     Lines of `metrics.jsonl` after `step`, left by a run that was killed beyond its last checkpoint, are taken out.
+
+    Args:
+        workdir: folder, or URL of one: files then go there every half a minute.
+        step: steps done.
+        steps: steps there will be.
+        wandb: project at Weights & Biases; "" for none.
+        config: of the run, for Weights & Biases.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, steps: int):
-        self.path, self.active = workdir / "metrics.jsonl", jax.process_index() == 0
+    def __init__(
+        self, workdir: str | os.PathLike, step: int, steps: int, wandb: str = "", config: dict[str, Any] | None = None
+    ):
+        self.active = jax.process_index() == 0
         if not self.active:
             return
+        self.mirror = Mirror(workdir)
+        self.mirror.fetch("metrics.jsonl")
+        self.path = self.mirror.local / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        beside = self.path.with_suffix(".tmp")
-        beside.write_text("".join(f"{line}\n" for line in kept))
-        beside.replace(self.path)
-        self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        files.write(self.path, "".join(f"{line}\n" for line in kept).encode())
+        self.board = tensorboardX.SummaryWriter(
+            str(self.mirror.local / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=10
+        )
+        self.wandb = _wandb_run(wandb, str(workdir), config or {}) if wandb else None
         self.bar = tqdm.tqdm(total=steps, initial=step, unit="step", disable=not sys.stderr.isatty())
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -63,6 +80,8 @@ class Metrics:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
         text = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
         if self.bar.disable:
             _log.info("step %d: %s", step, text)
@@ -75,6 +94,18 @@ class Metrics:
         if self.active:
             self.bar.close()
             self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+            self.mirror.close()
+
+
+def _wandb_run(project: str, workdir: str, config: dict[str, Any]) -> Any:
+    """A run at Weights & Biases that is the same one whenever this working directory's is resumed."""
+    import wandb
+
+    number = hashlib.sha256(workdir.encode()).hexdigest()[:16]
+    name = workdir.rstrip("/").rpartition("/")[2]
+    return wandb.init(project=project, name=name, id=number, resume="allow", config=config)
 
 
 class Meter:
@@ -82,6 +113,7 @@ class Meter:
 
     def __init__(self, peak_flops: float):
         self.peak, self.start = peak_flops, None
+        self.steps = 0
         self.tokens = self.flops = self.waited = 0.0
 
     def count(self, tokens: float, flops: float) -> None:
@@ -89,7 +121,7 @@ class Meter:
         if self.start is None:
             self.start, self.waited = time.perf_counter(), 0.0
         else:
-            self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+            self.steps, self.tokens, self.flops = self.steps + 1, self.tokens + tokens, self.flops + flops
 
     @contextlib.contextmanager
     def waiting(self):
@@ -112,9 +144,14 @@ class Meter:
             return {}
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
-        out = {"tokens_per_second": self.tokens / seconds, "flops_per_second": self.flops / seconds}
+        out = {
+            "seconds_per_step": seconds / self.steps,
+            "tokens_per_second": self.tokens / seconds,
+            "flops_per_second": self.flops / seconds,
+        }
         if self.peak:
             out["flops_share"] = out["flops_per_second"] / self.peak
         out["data_wait_share"] = self.waited / seconds
+        self.steps = 0
         self.tokens = self.flops = self.waited = 0.0
         return out

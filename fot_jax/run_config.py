@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ import optax
 from ml_collections import ConfigDict, config_dict
 
 from fot_jax import attention, checkpoint, crossbatch, data, formats, sources
-from fot_jax.config import DtypePolicy, ModelConfig, named
+from fot_jax.config import FLOAT_DTYPES, DtypePolicy, ModelConfig, named
 from fot_jax.formats.source import read_params
 from fot_jax.hardware import hardware
 from fot_jax.host import warn_once
@@ -101,6 +102,10 @@ def default_config() -> ConfigDict:
             ),
             validation=dict(every=0, batches=8),  # held-out loss, without memory; every 0: never
             checkpoint=dict(every=1000, keep_last=2, keep_every=0),
+            # Every so many steps, a multiple of checkpoint.every, fot-convert writes the model to WORKDIR/exports.
+            export=dict(every=0, to="hf", dtype=""),  # 0: never; hf or hf-llama; dtype "": that of training
+            stall=dict(factor=10.0, seconds=60.0),  # a step is reported that takes so many times the usual, and so long
+            wandb="",  # project at Weights & Biases to send metrics to; none: they stay here
         )
     ).lock()
 
@@ -113,6 +118,8 @@ _CHOICES = {
     "crossbatch.kind": ("none", "published", "longllama_3b", "longllama_7b", "blocks"),
     "crossbatch.schedule": ("constant", "switch_step", "switch_accuracy", "draw"),
     "optimizer.name": ("adamw", "adafactor", "lion", "muon"),
+    "export.to": ("hf", "hf-llama"),
+    "export.dtype": ("", *FLOAT_DTYPES),
     "optimizer.schedule": ("constant", "cosine", "inverse_sqrt"),
 }
 
@@ -160,10 +167,20 @@ def check_config(config: ConfigDict) -> None:
             raise ValueError(f"config key {key} is {value!r}; wanted one of {', '.join(choices)}")
     least = dict.fromkeys(("steps", "log_every", "batch.rows", "batch.accumulate", "validation.batches"), 1)
     least |= dict.fromkeys(("checkpoint.every", "checkpoint.keep_last"), 1)
-    least |= dict.fromkeys(("seed", "data.seed", "loss_chunk", "optimizer.clip_norm", "validation.every"), 0)
+    least |= dict.fromkeys(("seed", "data.seed", "loss_chunk", "optimizer.clip_norm"), 0)
+    least |= dict.fromkeys(("validation.every", "export.every", "stall.factor"), 0)
     for key, lowest in least.items():
         if (value := _get(config, key)) < lowest:
             raise ValueError(f"config key {key} is {value}; wanted at least {lowest}")
+    if config.export.every % config.checkpoint.every:
+        raise ValueError(
+            f"config key export.every is {config.export.every}; wanted a multiple of checkpoint.every, "
+            f"{config.checkpoint.every}"
+        )
+    if config.stall.seconds <= 0:
+        raise ValueError(f"config key stall.seconds is {config.stall.seconds}; wanted more than 0")
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"config key wandb is {config.wandb!r}; wanted the package wandb (pip install wandb), or none")
     if config.hardware:
         hardware(config.hardware)
     found = len(config.crossbatch.contexts)

@@ -111,7 +111,7 @@ def open_tokenizer(path: str | os.PathLike) -> Tokenizer:
             vocabulary.
         ImportError: a tokenizer.json where the package tokenizers is not installed.
     """
-    path = pathlib.Path(path)
+    path = files.location(path)
     if path.is_dir():
         found = next((path / kind.file_name for kind in _KINDS if (path / kind.file_name).is_file()), None)
         if found is None:
@@ -187,7 +187,7 @@ class SentencePiece(Tokenizer):
 
     def save(self, path: str | os.PathLike) -> None:
         """See `Tokenizer.save`; tokenizer_config.json is needed only for a model that expects no BOS."""
-        path = pathlib.Path(path)
+        path = files.location(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not self.adds_bos:
             files.write_json(path.with_name(_CONFIG), {"add_bos_token": False})
@@ -269,7 +269,7 @@ class TokenizerJson(Tokenizer):
 
     def save(self, path: str | os.PathLike) -> None:
         """See `Tokenizer.save`."""
-        path = pathlib.Path(path)
+        path = files.location(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         names = {role: None if i is None else self._tokenizer.id_to_token(i) for role, i in self._ids.items()}
         files.write_json(path.with_name(_CONFIG), {**names, "add_bos_token": self.adds_bos})

@@ -7,14 +7,13 @@ holds, so that a run killed at any moment and started again ends with the same b
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import logging
 import math
-import pathlib
-import signal
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,11 +25,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fot_jax import attention, checkpoint, crossbatch, files, model, run_config, sharding
-from fot_jax.config import ModelConfig
+from fot_jax import attention, checkpoint, crossbatch, files, model, processes, run_config, sharding
+from fot_jax.config import ModelConfig, check_target
+from fot_jax.exports import Exports
 from fot_jax.losses import Batch, LossOptions, loss_sums
 from fot_jax.metrics import Meter, Metrics, flops_per_token
+from fot_jax.mirror import Mirror
 from fot_jax.run_config import learning_rate, make_optimizer
+from fot_jax.watching import Profile, Stalls, memory_in_use
 
 Array = jax.Array
 PyTree = Any
@@ -269,24 +271,7 @@ class Rows:
 # ------------------------------------------------------------------------------------------------------------- loop
 
 
-@contextlib.contextmanager
-def _stop_signals():
-    """A list that SIGTERM or SIGINT puts its name into; a second one is as without us."""
-    caught: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig, jax.sharding.Mesh]:
+def check(config: ConfigDict, workdir: str | os.PathLike) -> tuple[ModelConfig, jax.sharding.Mesh]:
     """The run's model and mesh, after every check that needs no data and no long work.
 
     Raises:
@@ -303,6 +288,8 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     pretrained = run_config.read_model(source) if source else None
     model_config = run_config.model_config(config, pretrained)
     run_config.check_batch(config, model_config, mesh.shape)
+    if config.export.every:
+        check_target(model_config, config.export.to)
     with jax.set_mesh(mesh):
         length, dtype = run_config.batch_length(config, model_config), model_config.dtypes.compute
         attention.kernel(config.attention, length, model_config.head_size, dtype)
@@ -316,19 +303,72 @@ def check(config: ConfigDict, workdir: str | pathlib.Path) -> tuple[ModelConfig,
     return model_config, mesh
 
 
+def _starting_state(
+    config: ConfigDict, model_config: ModelConfig, workdir: str | os.PathLike, programs: Programs, batches: Any
+) -> tuple[TrainState, dict[str, Any]]:
+    """From, in this order: a checkpoint of this run, parameters to start from, initial parameters. Brings the data to
+    their place.
+
+    Returns:
+        The state, and what else the loop must remember.
+    """
+    shapes = programs.state
+    places = jax.tree.map(lambda x: x.sharding, shapes)
+    if checkpoint.steps(workdir):
+        rest = {"step": shapes.step, "opt_state": shapes.opt_state}
+        params, rest, position, run = checkpoint.restore(workdir, shapes.params, rest)
+        batches.set_state(position)
+        return TrainState(rest["step"], params, rest["opt_state"]), run
+    run = {"switched_at": None}
+    if config.init_from:
+        params = run_config.starting_params(config.init_from, model_config, places.params)
+        begin = functools.partial(new_state, optimizer=programs.optimizer)
+        return jax.jit(begin, out_shardings=places)(params), run
+    # Run once: on a CPU, optimising the random number generator takes the compiler longer than running it.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    initial = jax.jit(programs.initial, out_shardings=places, compiler_options=quick)
+    return initial(jax.random.key(config.seed)), run
+
+
+class _Pending(NamedTuple):
+    """A step that was started, and whose numbers were not looked at."""
+
+    step: int
+    plan: crossbatch.Plan | None
+    values: dict[str, Array]
+    batch: Batch
+
+
+def _keep_batch(workdir: str | os.PathLike, step: int, rows: np.ndarray, batch: Batch) -> str:
+    """Writes the rows of a batch that this process has, for whoever looks into it; where they are."""
+    written = io.BytesIO()
+    np.savez_compressed(written, row=rows, **batch)
+    folder = files.location(workdir) / "refused"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step}.process_{jax.process_index()}.npz"
+    files.write(path, written.getvalue())
+    return str(path)
+
+
 def train(
-    config: ConfigDict, workdir: str | pathlib.Path, batches: Iterator[Batch], validation: Iterable[Batch] = ()
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    batches: Iterator[Batch],
+    validation: Iterable[Batch] = (),
+    profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains to `config.steps`, from the latest checkpoint in `workdir` if there is one.
 
-    SIGTERM and SIGINT end it after the step under way, with a checkpoint.
+    SIGTERM and SIGINT, to any of the processes, end it after the step under way, with a checkpoint.
 
     Args:
         config: see `run_config.default_config`.
-        workdir: holds checkpoints, metrics and the model's configuration.
+        workdir: holds checkpoints, metrics and the model's configuration; a folder that all processes share, or a URL
+            (gs://, s3://).
         batches: endless iterator with get_state() -> JSON value and set_state(), of this process's rows (see `Rows`);
             see `data.Batches`.
         validation: held-out batches; as many as `config.validation.batches` are kept and used every time.
+        profile: first and last step of a trace, which every process writes to `workdir/profile`.
 
     Returns:
         The last state.
@@ -336,55 +376,48 @@ def train(
     Raises:
         ValueError: see `check`.
         CheckpointError: a checkpoint that cannot be written or read.
-        TrainingError: numbers that are not finite, or data that ended. The last checkpoint is from before.
+        TrainingError: numbers that are not finite, whose batch is kept in `workdir/refused`; or data that ended. The
+            last checkpoint is from before.
     """
     model_config, mesh = check(config, workdir)
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = files.location(workdir)
     c = config.checkpoint
-    with jax.set_mesh(mesh), _stop_signals() as stop:
+    with jax.set_mesh(mesh), processes.stop_signals() as stop:
         saved = checkpoint.Checkpoints(
-            workdir, model_config, save_every=c.every, keep_last=c.keep_last, keep_every=c.keep_every
+            workdir,
+            model_config,
+            save_every=c.every,
+            keep_last=c.keep_last,
+            keep_every=c.keep_every,
+            exported_every=config.export.every,
         )
         run_programs = programs(config, model_config, mesh)
-        shapes = run_programs.state
-        places = jax.tree.map(lambda x: x.sharding, shapes)
-
-        # In this order: a checkpoint of this run, parameters to start from, initial parameters.
-        run: dict[str, Any] = {"switched_at": None}
-        if checkpoint.steps(workdir):
-            rest = {"step": shapes.step, "opt_state": shapes.opt_state}
-            params, rest, position, run = checkpoint.restore(workdir, shapes.params, rest)
-            state = TrainState(rest["step"], params, rest["opt_state"])
-            batches.set_state(position)
-        elif config.init_from:
-            params = run_config.starting_params(config.init_from, model_config, places.params)
-            begin = functools.partial(new_state, optimizer=run_programs.optimizer)
-            state = jax.jit(begin, out_shardings=places)(params)
-        else:
-            # Run once: on a CPU, optimising the random number generator takes the compiler longer than running it.
-            quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-            initial = jax.jit(run_programs.initial, out_shardings=places, compiler_options=quick)
-            state = initial(jax.random.key(config.seed))
-
-        shards, put = sharding.ways("batch"), Rows(config, mesh).together
+        state, run = _starting_state(config, model_config, workdir, run_programs, batches)
+        shards, rows = sharding.ways("batch"), Rows(config, mesh)
         step = first = int(state.step)
         length = run_config.batch_length(config, model_config)
         tokens = config.batch.rows * length
-        metrics, meter = Metrics(workdir, step, config.steps), Meter(run_config.peak_flops(config, mesh.size))
+        metrics = Metrics(workdir, step, config.steps, config.wandb, config.to_dict())
+        exports = Exports(workdir, **config.export) if jax.process_index() == 0 else None
+        meter, stalls = Meter(run_config.peak_flops(config, mesh.size)), Stalls(**config.stall)
+        traced = Mirror(workdir / "profile") if profile else None
+        tracing = Profile(traced.local if traced else None, profile)
         held_out = list(itertools.islice(validation, config.validation.batches)) if config.validation.every else []
-        pending: list[tuple[int, crossbatch.Plan | None, dict[str, Array]]] = []
+        pending: list[_Pending] = []
 
         def settle() -> None:
             """Fetches the numbers of the step before, so that the device is never waited for; refuses bad ones."""
             while pending:
-                done, plan, values = pending.pop()
-                values = {key: float(value) for key, value in jax.device_get(values).items()}
+                done, plan, values, batch = pending.pop()
+                with stalls.at(f"the devices, in step {done}"):
+                    values = {key: float(value) for key, value in jax.device_get(values).items()}
                 if not all(map(math.isfinite, (values["loss"], values["grad_norm"], values["param_norm"]))):
                     saved.wait()
+                    kept = _keep_batch(workdir, done, rows.numbers, batch)
                     raise TrainingError(
                         f"step {done}: loss is {values['loss']}, gradient norm {values['grad_norm']}, parameter norm "
-                        f"{values['param_norm']}; wanted finite numbers. The step is not saved; good checkpoints in "
-                        f"{saved.directory}: {checkpoint.steps(workdir) or 'none'}"
+                        f"{values['param_norm']}; wanted finite numbers. Its batch is in {kept}. The step is not "
+                        f"saved; good checkpoints in {saved.directory}: {checkpoint.steps(workdir) or 'none'}"
                     )
                 if run["switched_at"] is None and values["accuracy"] >= config.crossbatch.switch_accuracy:
                     run["switched_at"] = done + 2  # the step after it may have been started already
@@ -392,47 +425,60 @@ def train(
                 if done % config.log_every == 0 or done in (first + 1, config.steps):
                     loss = {"loss": values.pop("loss")}
                     loss["perplexity"] = math.exp(min(loss["loss"], 700))
-                    metrics.write(done, loss | values | meter.rates())
+                    metrics.write(done, loss | values | meter.rates() | memory_in_use())
 
         def validate() -> None:
-            sums = np.sum(
-                [jax.device_get(run_programs.evaluate(state.params, put(batch))) for batch in held_out], axis=0
-            )
+            each = map(rows.together, held_out)
+            sums = np.sum([jax.device_get(run_programs.evaluate(state.params, batch)) for batch in each], axis=0)
             loss, accuracy = float(sums[0] / max(sums[1], 1)), float(sums[2] / max(sums[1], 1))
             values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
             metrics.write(step, {f"validation_{key}": value for key, value in values.items()})
 
-        files.write_json(workdir / "config.json", config.to_dict())
+        if jax.process_index() == 0:
+            files.write_json(workdir / "config.json", config.to_dict())
         if step:
             _log.info("resuming from step %d in %s", step, workdir)
         last = step >= config.steps
         try:
             while not last:
-                with meter.waiting():
+                stalls.begin(step + 1)
+                with meter.waiting(), stalls.at("data"):
                     batch = next(batches, None)
                 if batch is None:
                     raise TrainingError(f"step {step + 1}: the training data ended; wanted {config.steps} steps of it")
                 plan = run_config.plan_at(config, step + 1, run["switched_at"])
                 plan = plan and plan.dealt(shards)
-                state, values = run_programs.step(plan)(state, put(batch))
+                with tracing.step(step + 1), stalls.at("the compiler, or the devices to take the step"):
+                    state, values = run_programs.step(plan)(state, rows.together(batch))
                 step += 1
                 settle()
-                pending.append((step, plan, values))
+                pending.append(_Pending(step, plan, values, batch))
+                tracing.ended(step, state)
                 saved.poll()
-                last = step == config.steps or bool(stop)
+                if exports:
+                    exports.poll(saved.newest)
+                stopped = stop(step)
+                last = step == config.steps or bool(stopped)
                 # Validation comes before the save, so that a run killed in between does it again; who asks a run to
                 # stop should not have to wait for it.
-                if held_out and not stop and (last or step % config.validation.every == 0):
-                    with meter.pause():
+                if held_out and not stopped and (last or step % config.validation.every == 0):
+                    with meter.pause(), stalls.at("validation"):
                         settle()
                         validate()
                 if last or saved.should_save(step):
                     settle()  # before the save: a state that is not finite must not become a checkpoint
                     rest = {"step": state.step, "opt_state": state.opt_state}
-                    saved.save(step, state.params, rest, batches.get_state(), run)
+                    with stalls.at(f"the checkpoint of step {step}, or the one before"):
+                        saved.save(step, state.params, rest, batches.get_state(), run)
         finally:
+            stalls.close()
+            tracing.close()
             metrics.close()
             saved.close()
+            if exports:
+                exports.close(saved.newest, wait=step == config.steps)
+            if traced:
+                traced.close()
         if step < config.steps:
-            _log.warning("stopped by %s after step %d, which is saved; the same command resumes", stop[0], step)
+            _log.warning("stopped by %s after step %d, which is saved; the same command resumes", stopped, step)
         return state

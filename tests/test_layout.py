@@ -16,10 +16,10 @@ PACKAGE = ROOT / "fot_jax"
 
 # A module may import modules of earlier lines only.
 ORDER = [
-    {"config", "files", "hardware", "hlo", "host", "processes", "sources"},
-    {"sharding", "tokenizer"},
+    {"config", "files", "hardware", "hlo", "host", "sources", "watching"},
+    {"mirror", "processes", "sharding", "staging", "tokenizer"},
     {"data", "attention", "checkpoint"},
-    {"formats", "memory", "crossbatch"},
+    {"exports", "formats", "memory", "crossbatch"},
     {"pretrained"},
     {"model", "metrics"},
     {"generate", "losses", "run_config"},

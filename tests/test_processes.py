@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import socket
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 
-from fot_jax import processes
+import fot_jax
+from fot_jax import checkpoint, processes
 from fot_jax.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -93,27 +97,118 @@ def finish(started):
 
 
 def rows(workdir, count):
-    """For each step the checksum of every row, of all processes together."""
+    """For each step the checksum of every row, of all processes together; written anew by the next run."""
     paths = [pathlib.Path(f"{workdir}.{count}.{i}.rows") for i in range(count)]
     each = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-    steps = [{k: v for part in parts for k, v in part.items()} for parts in zip(*each, strict=True)]
-    assert all(sum(map(len, parts)) == len(step) for parts, step in zip(zip(*each, strict=True), steps, strict=True))
+    for path in paths:
+        path.unlink()
+    done = list(zip(*each, strict=False))  # of a step that was cut short, some may have no rows
+    steps = [{k: v for part in parts for k, v in part.items()} for parts in done]
+    assert all(sum(map(len, parts)) == len(step) for parts, step in zip(done, steps, strict=True))
     return steps
 
 
 def losses(workdir):
-    found = map(json.loads, (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines())
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    found = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return {line["step"]: line["loss"] for line in found if "loss" in line}
 
 
-def test_two_processes_do_what_one_does(start, tmp_path):
-    finish(start(tmp_path / "one", 1))
+def wait_for(started, ready):
+    """Until `ready` holds, or a process has ended; whether they all still run."""
+    while all(process.poll() is None for process in started) and not ready():
+        time.sleep(0.001)
+    return all(process.poll() is None for process in started)
+
+
+def being_saved(workdir):
+    """Whether some bytes of a checkpoint's arrays are written, but it is not whole."""
+    try:
+        return any((pathlib.Path(workdir) / "checkpoints").glob("*.orbax-checkpoint-tmp/*/**/d/*"))
+    except OSError:  # renamed meanwhile
+        return False
+
+
+def assert_same_outcome(found, wanted):
+    """The losses of all steps, and the parameters after the last, of two working directories."""
+    np.testing.assert_allclose(list(losses(found).values()), list(losses(wanted).values()), rtol=1e-5)
+    assert list(losses(found)) == list(range(1, STEPS + 1))
+    ours, theirs = (jax.device_get(fot_jax.load_pretrained(workdir, None)[1]) for workdir in (found, wanted))
+    # Of whole tensors: a single gradient that is nearly zero may round to the other sign, which Adam makes a step of.
+    apart = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), ours, theirs)
+    assert max(jax.tree.leaves(apart)) < 1e-5, apart
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """A run of one process that was never stopped: its working directory, and the rows of its steps."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    finish(start(workdir, 1))
+    return workdir, rows(workdir, 1)
+
+
+def test_two_processes_do_what_one_does(start, whole, tmp_path):
     finish(start(tmp_path / "two", 2))
-    whole, parts = rows(tmp_path / "one", 1), rows(tmp_path / "two", 2)
-    assert whole == parts and len(whole) == STEPS and all(len(step) == 16 for step in whole)
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert list(one) == list(two) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
+    found = rows(tmp_path / "two", 2)
+    assert found == whole[1] and len(found) == STEPS and all(len(step) == 16 for step in found)
+    assert_same_outcome(tmp_path / "two", whole[0])
+
+
+def test_stopped_and_resumed_by_other_numbers_of_processes(start, whole, tmp_path):
+    workdir, seen = tmp_path / "run", []
+    for count in (2, 1, 4):
+        started, before = start(workdir, count), max(losses(workdir), default=0)
+        if count != 4:
+            assert wait_for(started, lambda before=before: max(losses(workdir), default=0) >= before + 4)
+            started[-1].terminate()  # one of them is told, all stop
+        errors = finish(started)
+        assert all(("stopped by SIGTERM" in text) == (count != 4) for text in errors)
+        seen += rows(workdir, count)
+        assert len(seen) == checkpoint.steps(workdir)[-1]
+    assert seen == whole[1]
+    assert_same_outcome(workdir, whole[0])
+
+
+def killed_and_resumed(start, whole, workdir, which, ready):
+    """Kills one of two processes when it is time; the other ends with a message; then goes on with both."""
+    started = start(workdir, 2)
+    if wait_for(started, ready):
+        started[which].kill()
+        killed = time.monotonic()
+        errors = started[1 - which].communicate(timeout=60)[1]
+        assert time.monotonic() - killed < 60 and started[1 - which].returncode == 1, errors
+        assert f"process {which} on" in errors and "is gone, without a word" in errors
+        saved = checkpoint.steps(workdir)
+        assert ("There is no checkpoint" if not saved else f"checkpoint of step {saved[-1]} is whole") in errors
+        started[which].communicate()
+        seen = rows(workdir, 2)[: saved[-1] if saved else 0]
+        finish(start(workdir, 2))
+    else:  # it was over before
+        seen = []
+        finish(started)
+    assert seen + rows(workdir, 2) == whole[1]
+    assert_same_outcome(workdir, whole[0])
+
+
+def test_a_process_that_is_killed_ends_the_others(start, whole, tmp_path):
+    workdir = tmp_path / "run"
+    killed_and_resumed(start, whole, workdir, 1, lambda: max(losses(workdir), default=0) >= 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_killed_at_random_moments(start, whole, tmp_path, seed):
+    moments, workdir = random.Random(seed), tmp_path / "run"
+    step, which, saving = moments.randrange(STEPS), moments.randrange(2), seed % 2
+    later = moments.uniform(0.0, 0.2)
+
+    def ready():
+        if max(losses(workdir), default=0) < step or (saving and not being_saved(workdir)):
+            return False
+        time.sleep(0 if saving else later)
+        return True
+
+    killed_and_resumed(start, whole, workdir, which, ready)
 
 
 def test_a_missing_process_is_named(start, tmp_path):

@@ -15,6 +15,7 @@ def open_checkpoint(
     *,
     size: ModelConfig | None = None,
     window: int | None = None,
+    step: int | None = None,
 ) -> Source:
     """Opens a checkpoint of any format, recognised by what is there; reads no weights.
 
@@ -23,6 +24,7 @@ def open_checkpoint(
             directory of `consolidated.*.pth`; an EasyLM checkpoint, or the directory of one; a GGUF file.
         size: the model's sizes, for an EasyLM checkpoint, instead of a configuration beside it.
         window: W, where the format does not say it (Meta's; 2048 if None) or another is wanted.
+        step: which checkpoint of a working directory; the latest if None.
 
     Raises:
         FileNotFoundError: nothing there, or no checkpoint in it.
@@ -30,16 +32,18 @@ def open_checkpoint(
         CheckpointError: a damaged checkpoint of ours.
         ImportError: a package that this format needs is not installed.
     """
-    return _open(pathlib.Path(path), size).with_window(window)
+    return _open(pathlib.Path(path), size, step).with_window(window)
 
 
-def _open(path: pathlib.Path, size: ModelConfig | None) -> Source:
+def _open(path: pathlib.Path, size: ModelConfig | None, step: int | None) -> Source:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory; wanted a checkpoint")
     if not path.is_dir() and not path.is_file():
         raise ValueError(f"{path}: a device or a pipe; wanted a file or a directory")
     if (path / "model.json").is_file():
-        return ours.open_workdir(path)
+        return ours.open_workdir(path, step)
+    if step is not None:
+        raise ValueError(f"step is {step}, and {path} is not a working directory, which has checkpoints of steps")
     if (path / "config.json").is_file() and hf.is_checkpoint(path):
         return hf.open_directory(path)
 

@@ -1,0 +1,121 @@
+"""Checkpoints of a training, made Hugging Face's while it goes on, by `fot-convert` in a process of its own.
+
+The conversion reads what is on the disk, uses no accelerator, and yields to the training for the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+
+from fot_jax import checkpoint, files, staging
+
+_log = logging.getLogger(__name__)
+_NICE = 10
+
+
+class Exports:
+    """The exports of a run, one at a time, to `workdir/exports/STEP`; those that a killed run left out come first.
+
+    An export that fails is a warning: training goes on, and a run that resumes tries again if the checkpoint is kept.
+
+    Args:
+        workdir: folder or URL.
+        every: steps between exports, a multiple of those between checkpoints; 0 for none.
+        to: 'hf' or 'hf-llama', see `fot-convert`.
+        dtype: of the tensors; '' for that of training.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, every: int, to: str, dtype: str):
+        self._workdir, self._every, self._to, self._dtype = files.location(workdir), every, to, dtype
+        self._due: list[int] = []
+        self._newest = 0
+        self._thread: threading.Thread | None = None
+        self._command: subprocess.Popen | None = None
+        self._stopped = False
+        if every:
+            for step in checkpoint.steps(workdir):
+                self._saved(step)
+
+    def _saved(self, step: int) -> None:
+        if step % self._every == 0 and step > self._newest and not self._done(step):
+            self._due.append(step)
+            self._newest = step
+
+    def poll(self, newest: int | None = None) -> None:
+        """Begins the next export, if one is due and none is under way; never waits.
+
+        Args:
+            newest: step of the newest checkpoint that is complete.
+        """
+        if newest and self._every:
+            self._saved(newest)
+        if self._due and not (self._thread and self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._export, args=(self._due.pop(0),), name="export", daemon=True)
+            self._thread.start()
+
+    def close(self, newest: int | None = None, *, wait: bool) -> None:
+        """Finishes what is due, or leaves it to a run that resumes; see `poll`."""
+        self.poll(newest)
+        while wait and (self._due or (self._thread and self._thread.is_alive())):
+            self.poll()
+            self._thread.join()
+        self._stopped = True
+        if self._command and self._command.poll() is None:
+            self._command.terminate()
+            self._thread.join()
+
+    def _there(self, step: int) -> files.Location:
+        return self._workdir / "exports" / str(step)
+
+    def _done(self, step: int) -> bool:
+        there = self._there(step)
+        return (there / staging.COMMITTED if files.store_of(there) else there).exists()
+
+    def _export(self, step: int) -> None:
+        there = self._there(step)
+        try:
+            with contextlib.ExitStack() as stack:
+                if not files.store_of(self._workdir):
+                    self._convert(pathlib.Path(self._workdir), step, pathlib.Path(there))
+                else:
+                    here = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fot_jax-")))
+                    for name in ("model.json", *files.TOKENIZER_FILES):
+                        if (self._workdir / name).exists():
+                            (here / name).write_bytes((self._workdir / name).read_bytes())
+                    (here / "checkpoints").mkdir()
+                    staging.download(self._workdir / "checkpoints" / str(step), here / "checkpoints" / str(step))
+                    self._convert(here, step, here / "export")
+                    staging.upload(here / "export", there)
+            _log.info("step %d: exported to %s", step, there)
+        except Exception as error:  # a full disk, a store out of reach, a checkpoint that was removed meanwhile
+            if not self._stopped:
+                _log.warning("step %d: the export to %s failed: %s", step, there, error)
+
+    def _convert(self, workdir: pathlib.Path, step: int, destination: pathlib.Path) -> None:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "convert",
+            str(workdir),
+            str(destination),
+            "--to",
+            self._to,
+            "--step",
+            str(step),
+        ]
+        command += ["--dtype", self._dtype] if self._dtype else []
+        if nice := shutil.which("nice"):
+            command = [nice, "-n", str(_NICE), *command]
+        self._command = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        errors = self._command.communicate()[1].strip()
+        if self._command.returncode:
+            raise RuntimeError(errors.splitlines()[-1] if errors else f"ended with {self._command.returncode}")

@@ -1,0 +1,159 @@
+"""What a long run says of itself: stalled steps, profiles, batches of bad numbers, exports, metrics elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from fot_jax import formats, metrics, mirror, training, watching
+
+
+class Slow(toy.Batches):
+    """Batches of which one takes long to come."""
+
+    def __next__(self):
+        if self.n == 6:
+            time.sleep(1.5)
+        return super().__next__()
+
+
+def test_a_stalled_step_is_told_with_what_it_waits_for(tmp_path, caplog):
+    training.train(toy.config(stall__factor=3.0, stall__seconds=0.5), tmp_path, Slow())
+    told = [text for r in caplog.records if "has taken" in (text := r.getMessage())][-1]  # a first step may be slow too
+    assert told.startswith("process 0: step 7 has taken") and "it waits for data, in __next__ (test_watching.py" in told
+
+
+def test_steps_that_take_as_long_as_usual_are_not_told(tmp_path, caplog):
+    training.train(toy.config(stall__factor=3.0, stall__seconds=30.0), tmp_path, toy.Batches())
+    assert not [r for r in caplog.records if "has taken" in r.getMessage()]
+
+
+def test_a_profile_of_some_steps(tmp_path):
+    training.train(toy.config(), tmp_path, toy.Batches(), profile=(3, 4))
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    events = {
+        event.name: dict(event.stats)
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    }
+    assert events
+    (perfetto,) = tmp_path.glob("profile/plugins/profile/*/perfetto_trace.json.gz")
+    assert perfetto.stat().st_size
+
+
+@pytest.mark.parametrize("text", ["3", "5:3", "0:2", "a:b", "1:2:3"])
+def test_profiles_of_no_steps(text):
+    with pytest.raises(ValueError, match="wanted FIRST:LAST"):
+        watching.steps_of_profile(text)
+    assert watching.steps_of_profile("") is None and watching.steps_of_profile("3:3") == (3, 3)
+
+
+def test_the_batch_that_made_numbers_bad_is_kept(tmp_path, monkeypatch):
+    config = toy.config()
+    seen = []
+    together = training.Rows.together
+    monkeypatch.setattr(training.Rows, "together", lambda self, batch: seen.append(batch) or together(self, batch))
+    step = training.programs
+
+    def programs(*args):
+        made = step(*args)
+
+        def bad(plan):
+            run = made.step(plan)
+
+            def one(state, batch):
+                poisoned = int(state.step) == 4
+                state, values = run(state, batch)
+                return state, {**values, "loss": values["loss"] * np.nan} if poisoned else values
+
+            return one
+
+        return made._replace(step=bad)
+
+    monkeypatch.setattr(training, "programs", programs)
+    with pytest.raises(training.TrainingError, match=r"step 5: loss is nan.*refused/step_5\.process_0\.npz"):
+        training.train(config, tmp_path, toy.Batches())
+    kept = dict(np.load(tmp_path / "refused" / "step_5.process_0.npz"))
+    assert kept.pop("row").tolist() == list(range(8))
+    assert kept.keys() == seen[4].keys() and all((kept[name] == seen[4][name]).all() for name in kept)
+
+
+def test_exports_in_the_background(tmp_path):
+    config = toy.config(steps=8, export__every=4, export__dtype="float32", model__n_kv_heads=4)
+    state = training.train(config, tmp_path, toy.Batches())
+    assert sorted(path.name for path in (tmp_path / "exports").iterdir()) == ["4", "8"]
+    exported = formats.open_checkpoint(tmp_path / "exports" / "8")
+    ours = formats.open_checkpoint(tmp_path, step=8)
+    assert exported.layout.format != ours.layout.format
+    embedding = np.asarray(state.params["embed"]["embedding"])
+    name = "model.embed_tokens.weight"
+    np.testing.assert_array_equal(exported.tensors[name].read(), embedding)
+
+
+def test_a_model_that_cannot_be_exported_is_refused_before_it_is_trained(tmp_path):
+    with pytest.raises(ValueError, match="n_kv_heads is 2 for 4 query heads"):
+        training.train(toy.config(export__every=4), tmp_path, toy.Batches())
+    with pytest.raises(ValueError, match="export.every is 3; wanted a multiple of checkpoint.every, 2"):
+        training.train(toy.config(export__every=3), tmp_path, toy.Batches())
+
+
+def test_an_export_that_fails_is_a_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    training.train(toy.config(export__every=4, model__n_kv_heads=4), tmp_path, toy.Batches())
+    assert [r for r in caplog.records if "step 4: the export to" in r.getMessage()]
+    assert not (tmp_path / "exports" / "4").exists()
+
+
+def test_weights_and_biases_gets_what_the_file_gets(tmp_path, monkeypatch):
+    logged, begun = [], []
+    run = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append(0))
+    stand_in = types.ModuleType("wandb")
+    stand_in.init = lambda **what: begun.append(what) or run
+    stand_in.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    training.train(toy.config(wandb="project", steps=3), tmp_path, toy.Batches())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged == [*((line.pop("step"), line) for line in lines), 0]
+    assert begun[0]["project"] == "project" and begun[0]["resume"] == "allow" and begun[0]["config"]["steps"] == 3
+    wanted = {"seconds_per_step", "tokens_per_second", "data_wait_share", "memory_bytes", "memory_peak_bytes"}
+    assert wanted <= logged[1][1].keys() | logged[2][1].keys()
+
+
+def test_a_mirror_copies_what_changed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(mirror.files, "store_of", lambda path: "gs" if "away" in str(path) else "")
+    away = tmp_path / "away"
+    monkeypatch.setattr(mirror.files, "location", lambda path: mirror.pathlib.Path(path))
+    away.mkdir()
+    (away / "metrics.jsonl").write_text("before\n")
+    copies = mirror.Mirror(away, every_s=0.05)
+    copies.fetch("metrics.jsonl")
+    with (copies.local / "metrics.jsonl").open("a") as file:
+        file.write("now\n")
+    (copies.local / "board").mkdir()
+    (copies.local / "board" / "events").write_bytes(b"1")
+    deadline = time.monotonic() + 10
+    while not (away / "board" / "events").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (away / "metrics.jsonl").read_text() == "before\nnow\n"
+    away.rename(tmp_path / "gone")
+    (tmp_path / "away").write_text("in the way")
+    (copies.local / "more").write_text("2")
+    with caplog.at_level(logging.WARNING):
+        copies.close()
+    assert "kept in" in caplog.text and (copies.local / "more").exists()
+
+
+def test_memory_in_use_is_that_of_the_process():
+    found = watching.memory_in_use()
+    assert 2**26 < found["memory_bytes"] <= 1.1 * found["memory_peak_bytes"]
+    assert metrics.Meter(0.0).rates() == {}
