@@ -27,6 +27,7 @@ nightly: $(DEV_STAMP)
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck launch/*.sh launch/*.sbatch
 
 format: $(DEV_STAMP)
 	$(VENV)/bin/ruff check --fix .

@@ -2,8 +2,8 @@
 
     python eval.py --config=configs/eval/perplexity.py --checkpoint=WORKDIR --out=results/perplexity
 
-The checkpoint is a working directory of train.py or a Hugging Face directory. Prints a table, and writes the same as
-JSON and PNG. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
+The checkpoint is a working directory of train.py, or the URL of one, or a Hugging Face directory. Prints a table, and
+writes the same as JSON and PNG. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fot_jax import data, evals, run_config, sources
+from fot_jax import data, evals, files, formats, run_config, sources
 from fot_jax.host import keep_freed_memory
 from fot_jax.pretrained import load_pretrained
 from fot_jax.tokenizer import Tokenizer, check_vocab
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/eval/.", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Working directory of train.py, or Hugging Face directory.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Working directory of train.py or its URL, or Hugging Face directory."
+)
 _OUT = flags.DEFINE_string("out", "", "Folder for the report; by default eval/ in the checkpoint's.")
 
 
@@ -31,10 +33,12 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
     keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
-    config, checkpoint = _CONFIG.value, pathlib.Path(_CHECKPOINT.value).absolute()
+    config, checkpoint = _CONFIG.value, formats.local(_CHECKPOINT.value).absolute()
     if config.evaluation not in evals.EVALUATIONS:
         raise ValueError(f"evaluation is {config.evaluation!r}; wanted one of {', '.join(sorted(evals.EVALUATIONS))}")
     evaluation = importlib.import_module(evals.EVALUATIONS[config.evaluation])
+    if files.store_of(_CHECKPOINT.value) and not _OUT.value:
+        raise ValueError(f"checkpoint is {_CHECKPOINT.value}; wanted --out too, a folder for the report")
     out = pathlib.Path(_OUT.value or checkpoint / "eval")
 
     # Everything that can be wrong, before any long work.

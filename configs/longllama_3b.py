@@ -8,8 +8,8 @@ of GPUs (h100:8). Texts are read from folders `redpajama/arxiv` and so on; --con
 
 256K tokens a step, 38147 steps, 10 billion tokens of 21.4 GFLOP each. With half of the chips' peak (`--plan`): 2.4
 hours on v5e:16x16, 9.4 on v5e:8x8 and 2*v5e:4x8, 6.8 on v4:4x4x4, 4.1 on v5p:4x4x4, 2.0 on v6e:8x8, 15 on h100:8.
-What a chip needs the compiler says (`--compile_only`). Slices of several hosts are planned and compiled for; a run on
-them is refused so far. Not trained by this project. The paper reports 94.5% of passkeys found at 100k.
+What a chip needs the compiler says (`--compile_only`); how to start on several hosts, docs/running. Not trained by this
+project. The paper reports 94.5% of passkeys found at 100k.
 """
 
 from ml_collections import ConfigDict

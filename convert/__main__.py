@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fot-convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="SRC", type=pathlib.Path, help="directory or file of the checkpoint")
+    add("source", metavar="SRC", help="directory or file of the checkpoint; URL of a working directory")
     add("destination", metavar="DST", type=pathlib.Path, nargs="?", help="directory to make")
     add("--to", choices=planning.TARGETS, required=True, help="format of the result")
     add("--dtype", choices=FLOAT_DTYPES, help="of all tensors (default: each keeps its own)")

@@ -380,12 +380,40 @@ def _path(workdir: str | pathlib.Path, step: int | None) -> pathlib.Path:
     return directory / str(found[-1] if step is None else step)
 
 
+def fetch(workdir: str | os.PathLike, directory: pathlib.Path, step: int | None = None) -> None:
+    """Copies of a working directory at a URL what an evaluation needs: the model, its parameters, the tokenizer. What
+    was copied before, and is the same, stays.
+
+    Args:
+        workdir: the URL.
+        directory: working directory to make of it.
+        step: of the checkpoint; the latest if None.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+    """
+    path = _path(workdir, step)
+    for name in ("model.json", *files.TOKENIZER_FILES):
+        if (there := files.location(workdir) / name).exists():
+            files.write(directory / name, there.read_bytes())
+    here = directory / "checkpoints" / path.name
+    if not _is_same(path, here):
+        staging.download(path, here, without=("optimizer", "data"))
+    for entry in here.parent.iterdir():
+        if entry != here:  # copied before
+            shutil.rmtree(entry)
+
+
+def _is_same(path: files.Location, step: pathlib.Path) -> bool:
+    """Whether a checkpoint on the disk is the one at a URL: by the checksums of all that is in it."""
+    told = pathlib.PurePosixPath("run", "data.json")
+    return (step / told).exists() and (step / told).read_bytes() == (path / told).read_bytes()
+
+
 def _fetched(path: files.Location) -> pathlib.Path:
     """A checkpoint at a URL that Orbax cannot read from, on the disk; for one process to call."""
     step = _staged(path.parent.parent) / path.name
-    told = pathlib.PurePosixPath("run", "data.json")  # checksums of all that is in it
-    if not step.exists() or (step / told).read_bytes() != (path / told).read_bytes():
-        step.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_same(path, step):
         staging.download(path, step)
     return step
 

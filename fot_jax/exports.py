@@ -87,11 +87,7 @@ class Exports:
                     self._convert(pathlib.Path(self._workdir), step, pathlib.Path(there))
                 else:
                     here = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fot_jax-")))
-                    for name in ("model.json", *files.TOKENIZER_FILES):
-                        if (self._workdir / name).exists():
-                            (here / name).write_bytes((self._workdir / name).read_bytes())
-                    (here / "checkpoints").mkdir()
-                    staging.download(self._workdir / "checkpoints" / str(step), here / "checkpoints" / str(step))
+                    checkpoint.fetch(self._workdir, here, step)
                     self._convert(here, step, here / "export")
                     staging.upload(here / "export", there)
             _log.info("step %d: exported to %s", step, there)

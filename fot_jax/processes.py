@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 0.2
 # How long a process may take to end by itself once it or another has failed: all may be raising the same error.
 _GRACE_S = 15.0
+_DAY_S = 24 * 3600.0
 # A host that lost power says nothing: the kernel asks it after so many seconds, so often, so many times.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 
@@ -74,31 +75,25 @@ def place(coordinator: str = "", processes: int | None = None, process: int | No
     """
     if processes == 1:
         return None
-    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    stated = (bool(coordinator), processes is not None, process is not None)
-    if any(stated) and not all(stated):
+    coordinator, devices = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", ""), None
+    if processes is None and process is None:
+        # The part of JAX that asks clusters is not public; nothing else says it before JAX starts.
+        from jax._src import clusters
+
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(coordinator or None, *4 * [None], 300)
+        coordinator, processes, process, devices = found
+        if not coordinator or processes == 1:
+            return None
+    if not coordinator or processes is None or process is None:
         raise ValueError(
             f"coordinator is {coordinator!r}, processes {processes}, process {process}; wanted all, or none where "
             "TPU pods, SLURM, Open MPI or Kubernetes say them"
         )
-    if not any(stated):
-        return _detected()
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise ValueError(f"coordinator is {coordinator!r}; wanted HOST:PORT")
     if not 0 <= process < processes:
         raise ValueError(f"process is {process} of {processes}; wanted 0..{processes - 1}")
-    return Place(coordinator, processes, process)
-
-
-def _detected() -> Place | None:
-    """What the cluster says, by the part of JAX that asks it (not public; nothing else says it before JAX starts)."""
-    from jax._src import clusters
-
-    found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 300)
-    coordinator, processes, process, devices = found
-    if coordinator is None or processes is None or process is None or processes == 1:
-        return None
     return Place(coordinator, int(processes), int(process), None if devices is None else tuple(devices))
 
 
@@ -131,6 +126,7 @@ def together(
             at.coordinator, at.processes, at.process, at.local_devices, initialization_timeout=max(10, int(timeout_s))
         )
         yield group
+        group.agree({}, _DAY_S)  # process 0 may still be writing, and JAX waits for minutes only
     except BaseException as error:
         group.leave(f"{files.first_line(error)}")
         raise
@@ -320,6 +316,8 @@ def _gathered(at: Place, deadline: float, epilogue: Callable[[], str]) -> Group:
                 line.settimeout(10.0)
                 hello = _read_line(line)
                 number = int(hello["process"])
+                if number in lines and _closed(lines[number]):
+                    del lines[number], hosts[number]  # it was started again
                 if number in hosts or not 0 < number < at.processes:
                     _tell(line, {"answer": f"process {number} of {at.processes} is there already, or there is none"})
                     continue
@@ -354,6 +352,16 @@ def _joined(at: Place, deadline: float, epilogue: Callable[[], str]) -> Group:
     raise ProcessError(
         f"process 0 of {at.processes} did not come to {at.coordinator}; process {at.process} on {mine} waited for it"
     )
+
+
+def _closed(line: socket.socket) -> bool:
+    """Whether the process at the other end has closed a connection, over which it has nothing to say yet."""
+    try:
+        return not line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _read_line(line: socket.socket) -> dict[str, Any]:

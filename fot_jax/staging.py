@@ -10,6 +10,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import fsspec
@@ -46,14 +47,14 @@ def remove(there: files.Location) -> None:
     store.rm(path, recursive=True)
 
 
-def download(there: files.Location, step: pathlib.Path) -> None:
-    """Copies a checkpoint from a URL, in place of what is there."""
+def download(there: files.Location, step: pathlib.Path, without: Sequence[str] = ()) -> None:
+    """Copies a checkpoint from a URL, in place of what is there, but its parts `without`."""
     store, path = fsspec.core.url_to_fs(os.fspath(there))
     partial = step.with_name(f".{step.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in store.find(path):
         inner = name.removeprefix(path.rstrip("/") + "/")
-        if inner == COMMITTED:
+        if inner == COMMITTED or inner.partition("/")[0] in without:
             continue
         (partial / inner).parent.mkdir(parents=True, exist_ok=True)
         store.get_file(name, str(partial / inner))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 
+from fot_jax import checkpoint, files, staging
 from fot_jax.config import ModelConfig
 from fot_jax.formats import easylm, gguf, hf, meta, ours
 from fot_jax.formats.source import Source
@@ -32,7 +33,27 @@ def open_checkpoint(
         CheckpointError: a damaged checkpoint of ours.
         ImportError: a package that this format needs is not installed.
     """
-    return _open(pathlib.Path(path), size, step).with_window(window)
+    return _open(local(path, step), size, step).with_window(window)
+
+
+def local(path: str | os.PathLike, step: int | None = None) -> pathlib.Path:
+    """The path of a checkpoint on a disk. Of a working directory at a URL, what an evaluation needs is copied first, to
+    a folder that is kept (see `staging.folder`).
+
+    Args:
+        path: anything that `open_checkpoint` takes.
+        step: which checkpoint of a working directory; the latest if None.
+
+    Raises:
+        FileNotFoundError: no such checkpoint at the URL.
+        ImportError: the package for that store is not installed.
+    """
+    if not files.store_of(path):
+        return pathlib.Path(path)
+    here = staging.folder(path) / "fetched"
+    here.mkdir(parents=True, exist_ok=True)
+    checkpoint.fetch(path, here, step)
+    return here
 
 
 def _open(path: pathlib.Path, size: ModelConfig | None, step: int | None) -> Source:

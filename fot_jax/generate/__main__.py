@@ -75,7 +75,7 @@ def _at_least(least: int, most: int = 2**31 - 1) -> Any:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("fot-generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="directory or file of a checkpoint")
+    parser.add_argument("model", help="directory or file of a checkpoint; URL (gs://, s3://) of a working directory")
     parser.add_argument("--dtype", choices=FLOAT_DTYPES, help="of parameters and computation; the checkpoint's")
     parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json or a directory with one; MODEL")
 
@@ -323,6 +323,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--save-memory {args.save_memory}: a device; wanted a file's name")
     if args.load_memory and args.last_context_length:
         raise ValueError("--last-context-length with --load-memory: what was read is in memory already; wanted one")
+    args.model = formats.local(args.model)
     config = _model(args)
     c = args.last_context_length
     if c is not None and c > config.window:

@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# A run on a TPU pod slice of Google's cloud, from one's own machine.
+#
+#   export NAME=fot ZONE=us-west4-a TYPE=v5litepod-64 BUCKET=gs://my-bucket
+#   launch/tpu_pod.sh create                       # asks for the slice, and waits until it is there
+#   launch/tpu_pod.sh setup                        # code and packages, on all workers
+#   launch/tpu_pod.sh train --config=configs/longllama_3b.py:v5e:8x8 --workdir="$BUCKET/run" ...
+#   launch/tpu_pod.sh logs                         # follows process 0
+#   launch/tpu_pod.sh stop                         # SIGTERM: the run saves and ends
+#   launch/tpu_pod.sh train ...                    # the same flags: goes on from there
+#   launch/tpu_pod.sh delete
+#
+# VERSION: of the TPU's software (by TYPE).  SPOT=1: cheaper, and taken away at any time.  REPO: where the code comes from
+# (this checkout's files).  Everything is printed before it is run; with DRY_RUN=1 nothing is.
+set -euo pipefail
+
+: "${NAME:?wanted a name for the slice}" "${ZONE:?wanted a zone, like us-west4-a}"
+here=$(cd "$(dirname "$0")/.." && pwd)
+folder=fot_jax
+
+run() {
+  printf '+ %q' "$1" >&2
+  printf ' %q' "${@:2}" >&2
+  echo >&2
+  [[ -n ${DRY_RUN:-} ]] || "$@"
+}
+
+on() { # WORKERS COMMAND
+  run gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="$1" --command="$2"
+}
+
+version() {
+  case "$TYPE" in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) echo "TYPE is $TYPE; wanted v4-N, v5litepod-N, v5p-N or v6e-N, or VERSION stated" >&2 && return 1 ;;
+  esac
+}
+
+# A command that a remote shell reads back as it was.
+quoted() {
+  printf '%q ' "$@"
+}
+
+command=${1:-}
+[[ $# -gt 0 ]] && shift
+case "$command" in
+  create)
+    : "${TYPE:?wanted a type of slice, like v5litepod-64}"
+    software=${VERSION:-$(version)}
+    run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
+      --accelerator-type="$TYPE" --runtime-version="$software" ${SPOT:+--spot}
+    [[ -n ${DRY_RUN:-} ]] && exit
+    until gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)' |
+      tee /dev/stderr | grep -q '^ACTIVE$'; do
+      sleep 30
+    done
+    ;;
+  setup)
+    archive=$(mktemp -t fot_jax.XXXXXX)
+    trap 'rm -f "$archive"' EXIT
+    git -C "$here" archive --format=tar.gz -o "$archive" HEAD
+    run gcloud compute tpus tpu-vm scp "$archive" "$NAME:$folder.tar.gz" --zone="$ZONE" --worker=all
+    on all "mkdir -p $folder && tar xzf $folder.tar.gz -C $folder && cd $folder && python3 -m venv .venv && .venv/bin/pip install -q '.[tpu,gs]'"
+    ;;
+  train)
+    # setsid: the run outlives this connection. Every worker finds its place among the others by itself.
+    on all "cd $folder && (setsid .venv/bin/python train.py $(quoted "$@") >>train.log 2>&1 & echo \$! >train.pid)"
+    ;;
+  logs) on 0 "tail -n 100 -F $folder/train.log" ;;
+  stop) on all "kill -TERM \$(cat $folder/train.pid) && tail --pid=\$(cat $folder/train.pid) -f /dev/null" ;;
+  delete) run gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force ;;
+  *)
+    sed -n '2,17p' "$0" | sed 's/^# \{0,1\}//' >&2
+    exit 2
+    ;;
+esac
