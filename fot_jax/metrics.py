@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 
 from fot_jax import crossbatch, files
@@ -60,6 +59,8 @@ class Metrics:
         self.active = jax.process_index() == 0
         if not self.active:
             return
+        import tensorboardX  # which imports PyTorch where that is installed
+
         self.mirror = Mirror(workdir)
         self.mirror.fetch("metrics.jsonl")
         self.path = self.mirror.local / "metrics.jsonl"

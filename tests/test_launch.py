@@ -89,6 +89,7 @@ def stopped(process, tmp_path):
     return process.returncode, errors
 
 
+@pytest.mark.slow
 def test_local_processes_are_stopped_together(flags, tmp_path):
     command = [str(ROOT / "launch" / "local.sh"), "2", *flags, "--stopped_status=75"]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

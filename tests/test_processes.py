@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -23,15 +24,18 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
 # Runs train.py, and writes a checksum of every row of every batch that this process brings.
 RECORD = """
-import hashlib, json, sys
-import train
+import hashlib, json, os, sys
+import jax, train
 from absl import app, flags
 from fot_jax import training
 
-path, rows = sys.argv.pop(1), training.Rows
+path, rows, steps = sys.argv.pop(1), training.Rows, []
 
 class Recorded(rows):
     def together(self, batch):
+        if os.environ.get("FAILS") == str(jax.process_index()) and steps:
+            raise OSError("the disk of this host is gone")
+        steps.append(1)
         sums = {int(n): hashlib.sha1(b"".join(batch[k][i].tobytes() for k in sorted(batch))).hexdigest()
                 for i, n in enumerate(self.numbers)}
         with open(path, "a") as file:
@@ -73,18 +77,26 @@ def start(tmp_path_factory):
     }
     (shared / "record.py").write_text(RECORD)
     base = [f"--config={ROOT / 'tests' / 'toy.py'}", *(f"--config.{key}={value}" for key, value in options.items())]
+    base.append(f"--compilation_cache={shared / 'compiled'}")
 
-    def run(workdir, count, *more, devices=8, port=None, only=None, each=lambda i: ()):
+    def run(workdir, count, *more, devices=8, port=None, only=None, each=lambda i: (), folders=None, **more_env):
         port = port or free_port()
         started = []
         for i in range(count) if only is None else only:
             flags = f"--xla_force_host_platform_device_count={devices // count} --xla_backend_optimization_level=0"
-            env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+            env = {
+                **os.environ,
+                "XLA_FLAGS": flags,
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+                **more_env,
+            }
             where = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}"] if count > 1 else []
             command = [sys.executable, str(shared / "record.py"), str(workdir) + f".{count}.{i}.rows", *base]
             command += [f"--workdir={workdir}", *where, *more, *each(i)]
             pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            started.append(subprocess.Popen(command, env=env, **pipes))
+            cwd = folders[i] if folders else None
+            started.append(subprocess.Popen(command, env=env, cwd=cwd, **pipes))
         return started
 
     return run
@@ -147,13 +159,41 @@ def whole(start, tmp_path_factory):
     return workdir, rows(workdir, 1)
 
 
+def killed(start, workdir, which, ready):
+    """Two processes, of which one is killed when it is time: the other ends with a message. The rows of the steps that
+    are saved; None if all was over before.
+    """
+    started = start(workdir, 2)
+    if not wait_for(started, ready):
+        finish(started)
+        return None
+    started[which].kill()
+    when = time.monotonic()
+    errors = started[1 - which].communicate(timeout=60)[1]
+    assert time.monotonic() - when < 60 and started[1 - which].returncode == 1, errors
+    assert f"process {which} on" in errors and "is gone, without a word" in errors
+    started[which].communicate()
+    saved = checkpoint.steps(workdir)
+    assert (f"checkpoint of step {saved[-1]} is whole" if saved else "There is no checkpoint") in errors
+    return rows(workdir, 2)[: saved[-1] if saved else 0]
+
+
+def test_killed_and_resumed_by_one_process(start, whole, tmp_path):
+    workdir = tmp_path / "run"
+    seen = killed(start, workdir, 1, lambda: max(losses(workdir), default=0) >= 7)
+    finish(start(workdir, 1))
+    assert seen and seen + rows(workdir, 1) == whole[1] and all(len(step) == 16 for step in whole[1])
+    assert_same_outcome(workdir, whole[0])
+
+
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(start, whole, tmp_path):
     finish(start(tmp_path / "two", 2))
-    found = rows(tmp_path / "two", 2)
-    assert found == whole[1] and len(found) == STEPS and all(len(step) == 16 for step in found)
+    assert rows(tmp_path / "two", 2) == whole[1] and len(whole[1]) == STEPS
     assert_same_outcome(tmp_path / "two", whole[0])
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_by_other_numbers_of_processes(start, whole, tmp_path):
     workdir, seen = tmp_path / "run", []
     for count in (2, 1, 4):
@@ -169,32 +209,6 @@ def test_stopped_and_resumed_by_other_numbers_of_processes(start, whole, tmp_pat
     assert_same_outcome(workdir, whole[0])
 
 
-def killed_and_resumed(start, whole, workdir, which, ready):
-    """Kills one of two processes when it is time; the other ends with a message; then goes on with both."""
-    started = start(workdir, 2)
-    if wait_for(started, ready):
-        started[which].kill()
-        killed = time.monotonic()
-        errors = started[1 - which].communicate(timeout=60)[1]
-        assert time.monotonic() - killed < 60 and started[1 - which].returncode == 1, errors
-        assert f"process {which} on" in errors and "is gone, without a word" in errors
-        saved = checkpoint.steps(workdir)
-        assert ("There is no checkpoint" if not saved else f"checkpoint of step {saved[-1]} is whole") in errors
-        started[which].communicate()
-        seen = rows(workdir, 2)[: saved[-1] if saved else 0]
-        finish(start(workdir, 2))
-    else:  # it was over before
-        seen = []
-        finish(started)
-    assert seen + rows(workdir, 2) == whole[1]
-    assert_same_outcome(workdir, whole[0])
-
-
-def test_a_process_that_is_killed_ends_the_others(start, whole, tmp_path):
-    workdir = tmp_path / "run"
-    killed_and_resumed(start, whole, workdir, 1, lambda: max(losses(workdir), default=0) >= 7)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_random_moments(start, whole, tmp_path, seed):
@@ -208,18 +222,43 @@ def test_killed_at_random_moments(start, whole, tmp_path, seed):
         time.sleep(0 if saving else later)
         return True
 
-    killed_and_resumed(start, whole, workdir, which, ready)
+    seen = killed(start, workdir, which, ready)
+    if seen is not None:
+        finish(start(workdir, 2))
+    assert (seen or []) + rows(workdir, 2) == whole[1]
+    assert_same_outcome(workdir, whole[0])
 
 
 def test_a_missing_process_is_named(start, tmp_path):
-    started = start(tmp_path, 3, "--start_timeout=8", only=(0, 2))
+    started = start(tmp_path, 3, "--start_timeout=5", only=(0, 2))
     for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 1 and "process 1 of 3 did not come; there are 0 on" in errors, errors
     assert not (tmp_path / "checkpoints").exists()
-    (alone,) = start(tmp_path, 2, "--start_timeout=4", only=(1,))
+    (alone,) = start(tmp_path, 2, "--start_timeout=3", only=(1,))
     _, errors = alone.communicate(timeout=120)
     assert alone.returncode == 1 and "process 0 of 2 did not come to 127.0.0.1:" in errors
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_tells_the_others(start, tmp_path):
+    started = start(tmp_path / "run", 2, FAILS="1")
+    whole, failed = (process.communicate(timeout=120)[1] for process in started)
+    assert [process.returncode for process in started] == [1, 1]
+    assert "OSError: the disk of this host is gone" in failed and "Traceback" in failed
+    assert "ended: OSError: the disk of this host is gone; process 0 on" in whole
+    assert "There is no checkpoint yet" in whole
+
+
+def test_texts_that_differ_are_shown(start, tmp_path):
+    for i in range(2):
+        (tmp_path / str(i) / "text").mkdir(parents=True)
+        (tmp_path / str(i) / "text" / "a.txt").write_text(f"A text that each host has {i + 1} times over. " * 200)
+    stated = ["--config.data.train=('text',)", "--config.data.prepared=prepared"]
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for process in start(tmp_path / "run", 2, *stated, folders=folders):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1 and "process 1: data is" in errors, errors
 
 
 def test_configurations_that_differ_are_shown(start, tmp_path):
@@ -227,6 +266,42 @@ def test_configurations_that_differ_are_shown(start, tmp_path):
     for process in started:
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 1 and "process 1: config.seed is 1; process 0 has 0" in errors, errors
+
+
+def in_company(count, act):
+    """What `act(group)` gives, or raises, for each of some processes that are threads here."""
+    coordinator = f"127.0.0.1:{free_port()}"
+
+    def one(i):
+        group = processes._met(processes.Place(coordinator, count, i), 20.0, str)
+        try:
+            return act(group)
+        except processes.ProcessError as error:
+            return error
+        finally:
+            group.leave("")
+
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_a_folder_that_is_not_shared_is_told(tmp_path):
+    assert in_company(3, lambda group: group.sees(tmp_path / "run")) == [None] * 3
+    assert list((tmp_path / "run").iterdir()) == []
+    apart = in_company(3, lambda group: group.sees(tmp_path / str(group.at.process == 2), timeout_s=1.0))
+    for error in apart:
+        assert "process 2:" in str(error) and "process 1:" not in str(error) and "shared with process 0" in str(error)
+
+
+def test_who_does_not_come_to_agree_is_named():
+    def act(group):
+        if group.at.process != 1:
+            group.agree({"x": {"y": 1}}, timeout_s=1.0)
+
+    first, absent, other = in_company(3, act)
+    assert absent is None and str(first) == str(other) and str(first).startswith("no word for 1 s from process 1 on ")
+    differing = in_company(3, lambda group: group.agree({"x": {"y": group.at.process // 2}}))
+    assert {str(error) for error in differing} == {"process 2: x.y is 1; process 0 has 0"}
 
 
 @pytest.mark.parametrize(
