@@ -33,12 +33,13 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
     keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
-    config, checkpoint = _CONFIG.value, formats.local(_CHECKPOINT.value).absolute()
+    config = _CONFIG.value
     if config.evaluation not in evals.EVALUATIONS:
         raise ValueError(f"evaluation is {config.evaluation!r}; wanted one of {', '.join(sorted(evals.EVALUATIONS))}")
     evaluation = importlib.import_module(evals.EVALUATIONS[config.evaluation])
     if files.store_of(_CHECKPOINT.value) and not _OUT.value:
         raise ValueError(f"checkpoint is {_CHECKPOINT.value}; wanted --out too, a folder for the report")
+    checkpoint = formats.local(_CHECKPOINT.value).absolute()
     out = pathlib.Path(_OUT.value or checkpoint / "eval")
 
     # Everything that can be wrong, before any long work.

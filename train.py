@@ -28,7 +28,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fot_jax import checkpoint, data, files, processes, run_config, training, watching
+from fot_jax import checkpoint, data, files, processes, run_config, staging, training, watching
 from fot_jax.hardware import hardware
 from fot_jax.host import keep_freed_memory, one_line, versions
 from fot_jax.tokenizer import Tokenizer, check_vocab
@@ -36,7 +36,7 @@ from fot_jax.tokenizer import Tokenizer, check_vocab
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File in configs/, with a function get_config().", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and tokenised documents.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder, or URL (gs://, s3://), for checkpoints and metrics.")
 _PLAN = flags.DEFINE_bool("plan", False, "Reckon what the run needs, and end.")
 _SHARE = flags.DEFINE_float("share", 0.5, "Share of the chips' peak FLOP/s that --plan reckons with.")
 _COMPILE = flags.DEFINE_bool("compile_only", False, "Compile a step for chips that need not be there, and end.")
@@ -138,7 +138,9 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
     log.setLevel(logging.INFO if group.at.process == 0 else logging.WARNING)
 
     # 1. Everything that can be wrong with the configuration, before any long work.
-    group.sees(workdir)
+    group.check_shared(workdir)
+    if files.store_of(workdir) == "s3":
+        group.check_shared(staging.folder(workdir))
     model, mesh = training.check(config, workdir)
     if not config.data.tokenizer:
         raise ValueError("config key data.tokenizer is empty; wanted a SentencePiece model or a tokenizer.json")
@@ -162,16 +164,17 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
     documents = run_config.data_source(config, "train", corpora["train"], tokenizer, prepared)
     rows = training.Rows(config, mesh).numbers
     batches = data.Batches(run_config.packed(config, model, documents, rows))
-    validation = ()
+    validation, fingerprints = (), [documents.fingerprint]
     if config.validation.every:
         held_out = run_config.data_source(config, "validation", corpora["validation"], tokenizer, prepared)
         validation = data.Batches(run_config.packed(config, model, held_out, rows))
+        fingerprints.append(held_out.fingerprint)
     # Where each host tokenises for itself, one may take longer than another.
-    group.agree({"data": documents.fingerprint, "steps saved": checkpoint.steps(workdir)}, timeout_s=24 * 3600)
+    group.agree({"data": fingerprints, "steps saved": checkpoint.steps(workdir)}, timeout_s=24 * 3600)
 
     # 3. Parameters, optimizer and data position: from the latest checkpoint in the working directory; else parameters
     #    from init_from; else initial ones. Then steps until config.steps, or SIGTERM.
-    state = training.train(config, workdir, batches, validation, profile)
+    state = training.train(config, workdir, batches, validation, profile, group)
     return int(state.step) >= config.steps
 
 

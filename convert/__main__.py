@@ -166,7 +166,8 @@ def _check_destination(destination: pathlib.Path, plan: planning.Plan, *, overwr
         raise NotADirectoryError(f"{destination} is a file; wanted a directory to replace")
     source, there = plan.source.path.resolve(), destination.resolve()
     # Any file of the source, as they may be links, in Hugging Face's cache for one.
-    for file in (source, *(source.rglob("*") if source.is_dir() else ())):
+    walk = (pathlib.Path(root, name) for root, folders, names in os.walk(source) for name in (*folders, *names))
+    for file in (source, *walk):  # a walk that bears files that go, as checkpoints of a run do
         if file.resolve().is_relative_to(there):
             raise ValueError(f"{destination} holds the source, {file.resolve()}; wanted another directory")
     for what in ("partial", "replaced"):

@@ -27,6 +27,7 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -155,15 +156,24 @@ def _hash(data: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _NewestMultiples:
-    """Orbax's policy that keeps the newest two of the steps that are multiples of a number."""
+class _Kept:
+    """Which checkpoints are kept, as a policy for Orbax; see `Checkpoints`."""
 
-    number: int
+    last: int
+    every: int
+    exported_every: int
+
+    def of(self, steps: Iterable[int]) -> set[int]:
+        """Those of some steps that are kept."""
+        found = sorted(steps)
+        milestones = [step for step in found if self.every and step % self.every == 0]
+        exported = [step for step in found if self.exported_every and step % self.exported_every == 0]
+        return {*found[-self.last :], *milestones, *exported[-2:]}
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Which of the checkpoints are kept."""
-        newest = sorted(c.step for c in checkpoints if c.step % self.number == 0)[-2:]
-        return [c.step in newest for c in checkpoints]
+        """What Orbax asks."""
+        kept = self.of(c.step for c in checkpoints)
+        return [c.step in kept for c in checkpoints]
 
 
 class Checkpoints:
@@ -179,7 +189,6 @@ class Checkpoints:
 
     Attributes:
         directory: where they are.
-        newest: step of the newest that this run has completed; None before.
 
     Raises:
         CheckpointError: `model.json` is there and says another model.
@@ -200,28 +209,29 @@ class Checkpoints:
         if steps(workdir):
             check_same_model(workdir, config)
         self.directory = workdir / "checkpoints"
+        self._every, self._kept = save_every, _Kept(keep_last, keep_every, exported_every)
         self._staged = files.location(_staged(workdir)) if files.store_of(workdir) == "s3" else None
         if jax.process_index() == 0:
             write_model(workdir, config)
             _remove_incomplete(self.directory, steps(workdir))
             if self._staged:
                 _remove_incomplete(self._staged, steps(workdir))
-        keep = ocp.training.preservation_policies
-        policies = [keep.LatestN(keep_last)] + ([keep.EveryNSteps(keep_every)] if keep_every else [])
-        policies += [_NewestMultiples(exported_every)] if exported_every else []
+                for step in steps(workdir)[-1:]:  # before Orbax looks there, which counts what it has seen
+                    _fetched(self.directory / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{self.directory} is as it was left")
         self._orbax = ocp.training.Checkpointer(
             self._staged or self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(save_every),
-            preservation_policy=keep.AnyPreservationPolicy(policies),
+            preservation_policy=self._kept,
             context=_context(),
         )
         self._pending: tuple[int, Any] | None = None
         self._broken = False
-        self.newest: int | None = None
+        self._completed: list[int] = []
 
     def should_save(self, step: int) -> bool:
         """Whether `step` is due."""
-        return self._orbax.should_save(step)
+        return step % self._every == 0
 
     def save(self, step: int, params: PyTree, optimizer: PyTree, data: Any, run: dict[str, Any]) -> None:
         """Starts saving a step; returns when the arrays are copied, and the files are written behind.
@@ -247,7 +257,9 @@ class Checkpoints:
         try:
             saving = self._orbax.save_checkpointables_async(step, parts, force=True)
             if self._staged and jax.process_index() == 0:
-                saving = staging.Copy(saving, pathlib.Path(self._staged / str(step)), self.directory / str(step))
+                saving = staging.Copy(
+                    saving, pathlib.Path(self._staged / str(step)), self.directory / str(step), self._kept.of
+                )
             self._pending = (step, saving)
         except Exception as error:
             raise self._failed(step, error) from error
@@ -258,7 +270,8 @@ class Checkpoints:
             step, response = self._pending
             try:
                 response.result(timeout=0)
-                self._pending, self.newest = None, step
+                self._pending = None
+                self._completed.append(step)
             except TimeoutError:
                 pass
             except Exception as error:
@@ -270,9 +283,15 @@ class Checkpoints:
             step, response = self._pending
             try:
                 response.result()
-                self._pending, self.newest = None, step
+                self._pending = None
+                self._completed.append(step)
             except Exception as error:
                 raise self._failed(step, error) from error
+
+    def completed(self) -> list[int]:
+        """Steps whose checkpoints were completed since this was last asked."""
+        done, self._completed = self._completed, []
+        return done
 
     def close(self) -> None:
         """Waits for the save under way and releases Orbax's threads. Raises CheckpointError if the save failed."""
@@ -284,13 +303,17 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         self._pending, self._broken = None, True
-        whole = steps(self.directory.parent)
-        with contextlib.suppress(Exception):  # on a full disk it only takes room; a store may be out of reach
-            _remove_incomplete(self._staged or self.directory, whole, only=step)
-        left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint exists"
+        if jax.process_index() == 0:
+            for half in (self._staged or self.directory).glob(f"{step}.orbax-checkpoint-tmp*"):
+                half.rmtree(missing_ok=True)  # on a full disk it only takes room
+        try:
+            whole = steps(self.directory.parent)
+            left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint exists"
+        except Exception as other:  # a store that is out of reach
+            left = f"earlier checkpoints could not be listed ({files.first_line(other)})"
         return CheckpointError(
             f"saving step {step} to {self.directory / str(step)} failed: {files.first_line(error)}; {left}. "
-            "Make room or repair the disk, then run the same command to resume."
+            "Make room, or repair what stores it, then run the same command to resume."
         )
 
 
@@ -299,13 +322,12 @@ def _staged(workdir: str | os.PathLike) -> pathlib.Path:
     return staging.folder(files.location(workdir)) / "checkpoints"
 
 
-def _remove_incomplete(directory: files.Location, complete: list[int], only: int | None = None) -> None:
-    """Removes what a killed run left of checkpoints, of all steps or of one."""
+def _remove_incomplete(directory: files.Location, complete: list[int]) -> None:
+    """Removes what a killed run left of checkpoints."""
     for entry in directory.iterdir() if directory.is_dir() else ():
         step = entry.name.partition(".")[0]
-        if step.isdecimal() and int(step) == (int(step) if only is None else only):
-            if entry.name != step or int(step) not in complete:
-                entry.rmtree(missing_ok=True)
+        if step.isdecimal() and (entry.name != step or int(step) not in complete):
+            entry.rmtree(missing_ok=True)
 
 
 def check_same_model(workdir: str | pathlib.Path, config: ModelConfig) -> None:
@@ -399,9 +421,6 @@ def fetch(workdir: str | os.PathLike, directory: pathlib.Path, step: int | None 
     here = directory / "checkpoints" / path.name
     if not _is_same(path, here):
         staging.download(path, here, without=("optimizer", "data"))
-    for entry in here.parent.iterdir():
-        if entry != here:  # copied before
-            shutil.rmtree(entry)
 
 
 def _is_same(path: files.Location, step: pathlib.Path) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -31,6 +30,7 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fot_jax import files
 from fot_jax.sources import Corpus, hash_of, open_corpus
 from fot_jax.tokenizer import Tokenizer, train_tokenizer
 
@@ -130,8 +130,7 @@ def prepare(corpus: Corpus, tokenizer: Tokenizer, output: str | os.PathLike, *, 
     if final.exists():
         return TokenSet(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    with open(final.with_name(f".{final.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it ends
+    with files.locked(final.with_name(f".{final.name}.lock")):
         if final.exists():
             return TokenSet(final)
         work = final.with_name(f".{final.name}.incomplete")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable, Sequence
 
 from fot_jax import checkpoint, files, staging
 
@@ -36,41 +37,39 @@ class Exports:
     def __init__(self, workdir: str | os.PathLike, every: int, to: str, dtype: str):
         self._workdir, self._every, self._to, self._dtype = files.location(workdir), every, to, dtype
         self._due: list[int] = []
-        self._newest = 0
         self._thread: threading.Thread | None = None
         self._command: subprocess.Popen | None = None
         self._stopped = False
-        if every:
-            for step in checkpoint.steps(workdir):
-                self._saved(step)
+        for step in checkpoint.steps(workdir) if every else ():
+            self._saved(step)
 
     def _saved(self, step: int) -> None:
-        if step % self._every == 0 and step > self._newest and not self._done(step):
+        if self._every and step and step % self._every == 0 and not self._done(step):
             self._due.append(step)
-            self._newest = step
 
-    def poll(self, newest: int | None = None) -> None:
+    def poll(self, completed: Sequence[int] = ()) -> None:
         """Begins the next export, if one is due and none is under way; never waits.
 
         Args:
-            newest: step of the newest checkpoint that is complete.
+            completed: steps of checkpoints that are complete now.
         """
-        if newest and self._every:
-            self._saved(newest)
+        for step in completed:
+            self._saved(step)
         if self._due and not (self._thread and self._thread.is_alive()):
             self._thread = threading.Thread(target=self._export, args=(self._due.pop(0),), name="export", daemon=True)
             self._thread.start()
 
-    def close(self, newest: int | None = None, *, wait: bool) -> None:
-        """Finishes what is due, or leaves it to a run that resumes; see `poll`."""
-        self.poll(newest)
-        while wait and (self._due or (self._thread and self._thread.is_alive())):
+    def close(self, completed: Sequence[int] = (), *, wait: Callable[[], bool]) -> None:
+        """Finishes what is due as long as `wait()` is true, or leaves it to a run that resumes; see `poll`."""
+        self.poll(completed)
+        while wait() and (self._due or (self._thread and self._thread.is_alive())):
             self.poll()
-            self._thread.join()
+            self._thread.join(1.0)
         self._stopped = True
         if self._command and self._command.poll() is None:
             self._command.terminate()
-            self._thread.join()
+        if self._thread:
+            self._thread.join(60.0)
 
     def _there(self, step: int) -> files.Location:
         return self._workdir / "exports" / str(step)
@@ -96,6 +95,8 @@ class Exports:
                 _log.warning("step %d: the export to %s failed: %s", step, there, error)
 
     def _convert(self, workdir: pathlib.Path, step: int, destination: pathlib.Path) -> None:
+        if self._stopped:
+            raise RuntimeError("the run ended before it began")
         destination.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,

@@ -65,7 +65,7 @@ class Mirror:
             self.copy()
             return True
         except Exception as error:  # fsspec's file systems raise many kinds
-            _log.warning("%s: metrics were not copied there (%s); kept in %s", self._target, error, self.local)
+            _log.warning("%s: files were not copied there (%s); kept in %s", self._target, error, self.local)
             return False
 
     def close(self) -> None:

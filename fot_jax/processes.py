@@ -11,6 +11,7 @@ The network is trusted, as JAX's own service trusts it: nothing here asks who is
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -25,7 +26,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from fot_jax import files
 
@@ -34,6 +34,9 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 0.2
 # How long a process may take to end by itself once it or another has failed: all may be raising the same error.
 _GRACE_S = 15.0
+# How long process 0, which has JAX's service, stays after a loss, so that the others hear of it from us; and how long
+# what is said last may take.
+_FAREWELL_S = 5.0
 _DAY_S = 24 * 3600.0
 # A host that lost power says nothing: the kernel asks it after so many seconds, so often, so many times.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
@@ -80,7 +83,14 @@ def place(coordinator: str = "", processes: int | None = None, process: int | No
         # The part of JAX that asks clusters is not public; nothing else says it before JAX starts.
         from jax._src import clusters
 
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(coordinator or None, *4 * [None], 300)
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator_address=coordinator or None,
+            num_processes=None,
+            process_id=None,
+            local_device_ids=None,
+            cluster_detection_method=None,
+            initialization_timeout=300,
+        )
         coordinator, processes, process, devices = found
         if not coordinator or processes == 1:
             return None
@@ -105,7 +115,8 @@ def together(
 
     To be entered before anything that asks JAX for devices. As soon as another process is lost, this one says so and
     ends with status 1, wherever it is: a collective that waits for a dead process cannot be interrupted. What leaves
-    the block as an exception is told to the others, who end as well. Without others it does nothing.
+    the block as an exception is told to the others, who end as well. Who is through waits at its end for the others.
+    Without others it does nothing.
 
     Args:
         facts: JSON-able; what has to be the same everywhere, by name.
@@ -116,54 +127,29 @@ def together(
         ProcessError: processes that did not come, or say something else; every process that came raises it.
     """
     if at is None:
-        yield Group(Place("", 1, 0), {}, {}, epilogue)
+        yield Group()
         return
-    group = _met(at, timeout_s, epilogue)
+    deadline = time.monotonic() + timeout_s
+    lines, hosts = (_gathered if at.process == 0 else _joined)(at, deadline)
+    group = Group(at, lines, hosts, epilogue)
     try:
         group.agree(facts, timeout_s)
-        jax.config.update("jax_enable_preemption_service", True)
+        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, see `Group.signals`
         jax.distributed.initialize(
-            at.coordinator, at.processes, at.process, at.local_devices, initialization_timeout=max(10, int(timeout_s))
+            at.coordinator,
+            at.processes,
+            at.process,
+            at.local_devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=max(10, int(timeout_s)),
         )
-        yield group
-        group.agree({}, _DAY_S)  # process 0 may still be writing, and JAX waits for minutes only
+        with group.signals():
+            yield group
+            group.agree({}, _DAY_S)  # process 0 may still be writing, and JAX waits for minutes only
     except BaseException as error:
-        group.leave(f"{files.first_line(error)}")
+        group.leave(files.first_line(error))
         raise
-    group.leave("")
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[int], str]]:
-    """Takes SIGTERM and SIGINT, of which the first ends a run in order; a second one is as without us.
-
-    Returns:
-        stop(step) -> the signal because of which the run ends with this step, or "". Every process asks once for every
-        step; all get the same answer, whichever of them the signal came to: JAX's preemption service settles on the
-        first step that none has passed.
-    """
-    caught: list[str] = []
-    alone = jax.process_count() == 1
-
-    def note(number: int, frame: Any) -> None:
-        signal.signal(number, before[number])
-        if alone:
-            caught.append(signal.Signals(number).name)
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)  # the one that JAX's service waits for
-
-    def stop(step: int) -> str:
-        if not (alone or caught) and multihost_utils.reached_preemption_sync_point(step):
-            caught.append("SIGTERM")
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return caught[0] if caught else ""
-
-    before = {n: signal.signal(n, note) for n in ((signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,))}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    group.leave()
 
 
 class Group:
@@ -171,14 +157,27 @@ class Group:
 
     Attributes:
         at: this process.
+        asked: the signal because of which the run is to end; "" for none.
     """
 
-    def __init__(self, at: Place, lines: dict[int, socket.socket], hosts: dict[int, str], epilogue: Callable[[], str]):
-        self.at, self._lines, self._hosts, self._epilogue = at, lines, hosts, epilogue
-        self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in lines}
+    def __init__(
+        self,
+        at: Place | None = None,
+        lines: dict[int, socket.socket] | None = None,
+        hosts: dict[int, str] | None = None,
+        epilogue: Callable[[], str] = str,
+    ):
+        self.at = at or Place("", 1, 0)
+        self._lines, self._hosts, self._epilogue = lines or {}, hosts or {}, epilogue
+        self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in self._lines}
         self._leaving, self._speaking = threading.Event(), threading.Lock()
-        for number in lines:
+        # Of `stop`: the last step that the run goes on after, here; those of all, at process 0; the step it ends with.
+        self.asked, self._passed, self._reports, self._last = "", 0, {}, 0
+        self._stopping, self._decided, self._taken = threading.Lock(), threading.Event(), False
+        for number in self._lines:
             threading.Thread(target=self._listen, args=(number,), name=f"process {number}", daemon=True).start()
+
+    # -------------------------------------------------------------------------------------------------- agreement
 
     def agree(self, facts: dict[str, Any], timeout_s: float = 300.0) -> None:
         """Waits for every process to come here, and refuses to go on unless all say the same.
@@ -192,57 +191,146 @@ class Group:
         """
         if self.at.process:
             self._tell_all({"facts": facts})
-            with contextlib.suppress(queue.Empty):
-                # Process 0 answers when all are there or its own time is over, which may have begun later.
-                if answer := self._said[0].get(timeout=timeout_s + _GRACE_S)["answer"]:
-                    raise ProcessError(answer)
-                return
-            raise ProcessError(f"process 0 on {self._hosts[0]} did not answer for {timeout_s + _GRACE_S:.0f} s")
+            # Process 0 answers when all are there or its own time is over, which may have begun later.
+            if answer := self._heard(timeout_s + _GRACE_S)["answer"]:
+                raise ProcessError(answer)
+            return
         deadline, said = time.monotonic() + timeout_s, {0: facts}
         for number, heard in self._said.items():
             with contextlib.suppress(queue.Empty):
                 said[number] = heard.get(timeout=max(0.0, deadline - time.monotonic()))["facts"]
         if missing := [number for number in self._said if number not in said]:
-            answer = f"no word for {timeout_s:.0f} s from {', '.join(self._named(number) for number in missing)}"
+            answer = f"no word for {timeout_s:.0f} s from {', '.join(map(self._named, missing))}"
         else:
             answer = differences(said)
         self._tell_all({"answer": answer})
         if answer:
             raise ProcessError(answer)
 
-    def sees(self, folder: str | os.PathLike, timeout_s: float = 30.0) -> None:
-        """Checks that a folder is the same one for all processes: they see what process 0 writes there.
+    def check_shared(self, folder: str | os.PathLike, timeout_s: float = 60.0) -> None:
+        """Checks that a folder is the same one for all processes: that they see what process 0 writes there.
 
         Raises:
             ProcessError: names the processes that see another folder, or none.
+            OSError: process 0 cannot write there.
         """
-        if self.at.processes == 1:
+        if not self._lines:
             return
         path = files.location(folder)
+        fact = f"seen in {path} what process 0 has written there"
         if self.at.process == 0:
             path.mkdir(parents=True, exist_ok=True)
             mark = path / f".shared-{secrets.token_hex(8)}"
             mark.write_text("")
             try:
                 self._tell_all({"mark": mark.name})
-                self.agree({f"{path} is shared with process 0": True}, 2 * timeout_s)
+                self.agree({fact: True}, 2 * timeout_s)
             finally:
                 mark.unlink()
         else:
-            mark, deadline = path / self._said[0].get(timeout=timeout_s)["mark"], time.monotonic() + timeout_s
+            mark, deadline = path / self._heard(2 * timeout_s)["mark"], time.monotonic() + timeout_s
             while not (there := mark.exists()) and time.monotonic() < deadline:  # NFS may take a while to show it
                 time.sleep(_RETRY_S)
-            self.agree({f"{path} is shared with process 0": there}, 2 * timeout_s)
+            self.agree({fact: there}, 2 * timeout_s)
 
-    def leave(self, error: str) -> None:
+    def _heard(self, timeout_s: float) -> dict[str, Any]:
+        """What process 0 says next, to another process."""
+        try:
+            return self._said[0].get(timeout=timeout_s)
+        except queue.Empty:
+            raise ProcessError(f"no word for {timeout_s:.0f} s from {self._named(0)}") from None
+
+    # ------------------------------------------------------------------------------------------------------- stop
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Takes SIGTERM and SIGINT inside: the first that this process gets asks the run to end, see `stop`; the next
+        is as without us. (JAX's preemption service would do for SIGTERM, but for runs that resume: it counts steps
+        from 0, and Orbax counts along.)
+        """
+        if self._taken:
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            signal.signal(number, before[number])
+            # In a thread: this one may hold a lock.
+            name = signal.Signals(number).name
+            threading.Thread(target=self._ask, args=(name,), name="stop", daemon=True).start()
+
+        self._taken = True
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            self._taken = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self, step: int) -> str:
+        """Whether the run ends with this step, for each process to ask after each step; all get the same answer.
+
+        When a process is asked to end, the others are told, and each says, from the thread that listens, which step it
+        has last gone on after, and goes on after none before it knows the answer: the first step after all of these.
+
+        Returns:
+            The signal because of which it ends, or "".
+        """
+        with self._stopping:
+            if not self.asked:
+                self._passed = step
+                return ""
+        self._decided.wait()
+        return self.asked if step >= self._last else ""
+
+    def _ask(self, name: str) -> None:
+        if self.at.process:
+            self._tell_all({"stop": name})
+            return
+        with self._stopping:
+            if self.asked:
+                return
+            self.asked, passed = name, self._passed
+        self._tell_all({"stopping": name})
+        self._report(0, passed)
+
+    def _report(self, number: int, passed: int) -> None:
+        """At process 0: takes the last step that a process has gone on after."""
+        with self._stopping:
+            self._reports[number] = passed
+            if len(self._reports) < self.at.processes:
+                return
+            self._last = max(self._reports.values()) + 1
+        self._tell_all({"last": self._last})
+        self._decided.set()
+
+    def _heed(self, number: int, said: dict[str, Any]) -> bool:
+        """Whether a message was about the end of the run; does what it asks for."""
+        if "stop" in said:
+            self._ask(said["stop"])
+        elif "passed" in said:
+            self._report(number, said["passed"])
+        elif "stopping" in said:
+            with self._stopping:
+                self.asked, passed = said["stopping"], self._passed
+            self._tell_all({"passed": passed})
+        elif "last" in said:
+            self._last = said["last"]
+            self._decided.set()
+        else:
+            return False
+        return True
+
+    # ------------------------------------------------------------------------------------------------------- loss
+
+    def leave(self, error: str = "") -> None:
         """Tells the others that this process is done, or why it ends; from then on it may lose them."""
-        if self._lines and not self._leaving.is_set():
-            self._leaving.set()
-            self._tell_all({"ended": f"{self._named(self.at.process)} ended: {error}"} if error else {"done": True})
-            if error:  # JAX would wait at its exit for processes that are gone
-                timer = threading.Timer(_GRACE_S, os._exit, (1,))
-                timer.daemon = True
-                timer.start()
+        if not self._lines or self._leaving.is_set():
+            return
+        self._leaving.set()
+        self._tell_all({"ended": f"{self._named(self.at.process)} ended: {error}"} if error else {"done": True})
+        if error:  # JAX would wait at its exit for processes that are gone, Orbax for their part of a checkpoint
+            _exit_after(_GRACE_S)
 
     def _named(self, number: int) -> str:
         return f"process {number} on {self._hosts[number]}"
@@ -255,28 +343,38 @@ class Group:
 
     def _listen(self, number: int) -> None:
         """Takes what a process says, until it is done, or lost."""
-        lost, told = f"{self._named(number)} is gone, without a word", False
+        lost: dict[str, Any] = {"gone": f"{self._named(number)} is gone, without a word"}
         with contextlib.suppress(OSError, ValueError):
             for line in self._lines[number].makefile("r", encoding="utf-8"):
                 said = json.loads(line)
                 if "done" in said:
                     return
-                if "ended" in said:
-                    lost, told = said["ended"], True
+                if "ended" in said or "gone" in said:
+                    lost = said
                     break
-                self._said[number].put(said)
+                if not self._heed(number, said):
+                    self._said[number].put(said)
         if self._leaving.is_set():
             return
+        # JAX may abort the process at any moment for the same reason: first what matters most.
+        (what,) = lost.values()
+        _log.critical("%s; %s ends too", what, self._named(self.at.process))
         if self.at.process == 0:
-            self._tell_all({"ended": lost})
-        if told:
-            time.sleep(_GRACE_S)  # for the same error here, which says more
-        if not self._leaving.is_set():
-            # JAX may abort the process at any moment for the same reason: first what matters most.
-            _log.critical("%s; %s ends too", lost, self._named(self.at.process))
+            self._tell_all(lost)
+        # Who is told of an error may be raising the same, which says more.
+        _exit_after(_GRACE_S if "ended" in lost else _FAREWELL_S)
+        with contextlib.suppress(Exception):  # a store may be out of reach
             _log.critical("%s", self._epilogue())
-            sys.stderr.flush()
+        sys.stderr.flush()
+        if "gone" in lost and self.at.process:
             os._exit(1)
+
+
+def _exit_after(seconds: float) -> None:
+    """Ends the process in a while, whatever it waits for."""
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def _tell(line: socket.socket, message: dict[str, Any]) -> None:
@@ -292,22 +390,21 @@ def _kept_alive(line: socket.socket) -> socket.socket:
     return line
 
 
-def _met(at: Place, timeout_s: float, epilogue: Callable[[], str]) -> Group:
-    """Connects the processes; see `together`."""
-    return (_joined if at.process else _gathered)(at, time.monotonic() + timeout_s, epilogue)
-
-
-def _gathered(at: Place, deadline: float, epilogue: Callable[[], str]) -> Group:
-    """Process 0: waits for the others to come."""
+def _gathered(at: Place, deadline: float) -> tuple[dict[int, socket.socket], dict[int, str]]:
+    """Process 0: waits for the others to come. Connections and hosts by number."""
     lines: dict[int, socket.socket] = {}
     hosts = {0: socket.gethostname()}
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     where = "", int(at.coordinator.rpartition(":")[2])
-    try:
-        server = socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=4096)
-    except OSError as error:
-        raise ProcessError(f"process 0 cannot be found at {at.coordinator}: {error.strerror}") from error
+    while True:
+        try:
+            server = socket.create_server(where, family=family, dualstack_ipv6=dual, backlog=4096)
+            break
+        except OSError as error:  # a run before this one may still be ending
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise ProcessError(f"process 0 cannot be found at {at.coordinator}: {error.strerror}") from error
+            time.sleep(_RETRY_S)
     with server:
         while len(hosts) < at.processes and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
@@ -332,11 +429,11 @@ def _gathered(at: Place, deadline: float, epilogue: Callable[[], str]) -> Group:
             _tell(line, {"answer": answer, "host": hosts[0]})
     if answer:
         raise ProcessError(answer)
-    return Group(at, lines, hosts, epilogue)
+    return lines, hosts
 
 
-def _joined(at: Place, deadline: float, epilogue: Callable[[], str]) -> Group:
-    """Another process: comes to process 0, and waits until all have."""
+def _joined(at: Place, deadline: float) -> tuple[dict[int, socket.socket], dict[int, str]]:
+    """Another process: comes to process 0, and waits until all have. Its connection, and both hosts."""
     host, _, port = at.coordinator.rpartition(":")
     mine = socket.gethostname()
     while (left := deadline - time.monotonic()) > 0:
@@ -347,7 +444,7 @@ def _joined(at: Place, deadline: float, epilogue: Callable[[], str]) -> Group:
             answer = _read_line(line)
             if answer["answer"]:
                 raise ProcessError(answer["answer"])
-            return Group(at, {0: _kept_alive(line)}, {0: answer["host"], at.process: mine}, epilogue)
+            return {0: _kept_alive(line)}, {0: answer["host"], at.process: mine}
         time.sleep(_RETRY_S)
     raise ProcessError(
         f"process 0 of {at.processes} did not come to {at.coordinator}; process {at.process} on {mine} waited for it"

@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import fsspec
@@ -50,8 +50,7 @@ def remove(there: files.Location) -> None:
 def download(there: files.Location, step: pathlib.Path, without: Sequence[str] = ()) -> None:
     """Copies a checkpoint from a URL, in place of what is there, but its parts `without`."""
     store, path = fsspec.core.url_to_fs(os.fspath(there))
-    partial = step.with_name(f".{step.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = step.with_name(f".{step.name}.partial-{os.getpid()}")
     for name in store.find(path):
         inner = name.removeprefix(path.rstrip("/") + "/")
         if inner == COMMITTED or inner.partition("/")[0] in without:
@@ -67,18 +66,21 @@ class Copy:
 
     _threads = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="upload")
 
-    def __init__(self, saving: Any, step: pathlib.Path, there: files.Location):
-        self._copied = self._threads.submit(self._copy, saving, step, there)
+    def __init__(
+        self, saving: Any, step: pathlib.Path, there: files.Location, kept: Callable[[list[int]], Collection[int]]
+    ):
+        """Args: saving: what Orbax gives; step, there: from where and to where; kept: of all steps, which to keep."""
+        self._copied = self._threads.submit(self._copy, saving, step, there, kept)
 
     @staticmethod
-    def _copy(saving: Any, step: pathlib.Path, there: files.Location) -> None:
+    def _copy(
+        saving: Any, step: pathlib.Path, there: files.Location, kept: Callable[[list[int]], Collection[int]]
+    ) -> None:
         saving.result()
         upload(step, there)
-        # What the policy has removed here is not wanted there.
-        kept = {entry.name for entry in step.parent.iterdir()}
-        for entry in there.parent.iterdir():
-            if entry.name not in kept:
-                remove(entry)
+        found = {int(entry.name): entry for entry in there.parent.iterdir() if entry.name.isdecimal()}
+        for number in sorted(set(found) - set(kept(list(found)))):
+            remove(found[number])
 
     def result(self, timeout: float | None = None) -> None:
         """Waits for both; TimeoutError where they are not through in time, or what either of them raised."""

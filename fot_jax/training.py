@@ -7,6 +7,7 @@ holds, so that a run killed at any moment and started again ends with the same b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -340,14 +341,16 @@ class _Pending(NamedTuple):
 
 
 def _keep_batch(workdir: str | os.PathLike, step: int, rows: np.ndarray, batch: Batch) -> str:
-    """Writes the rows of a batch that this process has, for whoever looks into it; where they are."""
+    """Writes the rows of a batch that this process has, for whoever looks into it. Says where they are, or why not."""
     written = io.BytesIO()
     np.savez_compressed(written, row=rows, **batch)
-    folder = files.location(workdir) / "refused"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step}.process_{jax.process_index()}.npz"
-    files.write(path, written.getvalue())
-    return str(path)
+    path = files.location(workdir) / "refused" / f"step_{step}.process_{jax.process_index()}.npz"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, written.getvalue())
+    except Exception as error:  # a full disk, a store out of reach
+        return f"Its batch could not be written to {path} ({files.first_line(error)})."
+    return f"Its batch is in {path}."
 
 
 def train(
@@ -356,6 +359,7 @@ def train(
     batches: Iterator[Batch],
     validation: Iterable[Batch] = (),
     profile: tuple[int, int] | None = None,
+    group: processes.Group | None = None,
 ) -> TrainState:
     """Trains to `config.steps`, from the latest checkpoint in `workdir` if there is one.
 
@@ -369,20 +373,25 @@ def train(
             see `data.Batches`.
         validation: held-out batches; as many as `config.validation.batches` are kept and used every time.
         profile: first and last step of a trace, which every process writes to `workdir/profile`.
+        group: the processes, as `processes.together` gives them; None if this is the only one.
 
     Returns:
         The last state.
 
     Raises:
-        ValueError: see `check`.
+        ValueError: see `check`; several processes without a group.
         CheckpointError: a checkpoint that cannot be written or read.
+        OSError: a full disk, or a store that is out of reach.
         TrainingError: numbers that are not finite, whose batch is kept in `workdir/refused`; or data that ended. The
             last checkpoint is from before.
     """
+    group = group or processes.Group()
+    if group.at.processes != jax.process_count():
+        raise ValueError(f"group is of {group.at.processes} processes; wanted that of all {jax.process_count()}")
     model_config, mesh = check(config, workdir)
     workdir = files.location(workdir)
     c = config.checkpoint
-    with jax.set_mesh(mesh), processes.stop_signals() as stop:
+    with jax.set_mesh(mesh), group.signals(), contextlib.ExitStack() as closing:
         saved = checkpoint.Checkpoints(
             workdir,
             model_config,
@@ -397,11 +406,24 @@ def train(
         step = first = int(state.step)
         length = run_config.batch_length(config, model_config)
         tokens = config.batch.rows * length
+        # All of these are closed, whatever happens to one of them: the last first.
+        traced = Mirror(workdir / "profile" / f"process_{jax.process_index()}") if profile else None
+        if traced:
+            closing.callback(traced.close)
+        if jax.process_index() == 0:
+            exports = Exports(workdir, **config.export)
+            wait = lambda: step == config.steps and not group.asked
+            closing.push(lambda failed, *_: exports.close(saved.completed(), wait=wait if not failed else bool))
+        closing.callback(saved.close)
         metrics = Metrics(workdir, step, config.steps, config.wandb, config.to_dict())
-        exports = Exports(workdir, **config.export) if jax.process_index() == 0 else None
-        meter, stalls = Meter(run_config.peak_flops(config, mesh.size)), Stalls(**config.stall)
-        traced = Mirror(workdir / "profile") if profile else None
+        closing.callback(metrics.close)
         tracing = Profile(traced.local if traced else None, profile)
+        closing.callback(tracing.close)
+        stalls = Stalls(**config.stall)
+        closing.callback(stalls.close)
+        # First of all the others are told, who may wait for this process in a collective or a save.
+        closing.push(lambda _, error, __: group.leave(files.first_line(error)) if error else None)
+        meter = Meter(run_config.peak_flops(config, mesh.size))
         held_out = list(itertools.islice(validation, config.validation.batches)) if config.validation.every else []
         pending: list[_Pending] = []
 
@@ -412,12 +434,12 @@ def train(
                 with stalls.at(f"the devices, in step {done}"):
                     values = {key: float(value) for key, value in jax.device_get(values).items()}
                 if not all(map(math.isfinite, (values["loss"], values["grad_norm"], values["param_norm"]))):
-                    saved.wait()
                     kept = _keep_batch(workdir, done, rows.numbers, batch)
+                    saved.wait()
                     raise TrainingError(
                         f"step {done}: loss is {values['loss']}, gradient norm {values['grad_norm']}, parameter norm "
-                        f"{values['param_norm']}; wanted finite numbers. Its batch is in {kept}. The step is not "
-                        f"saved; good checkpoints in {saved.directory}: {checkpoint.steps(workdir) or 'none'}"
+                        f"{values['param_norm']}; wanted finite numbers. {kept} The step is not saved; good "
+                        f"checkpoints in {saved.directory}: {checkpoint.steps(workdir) or 'none'}"
                     )
                 if run["switched_at"] is None and values["accuracy"] >= config.crossbatch.switch_accuracy:
                     run["switched_at"] = done + 2  # the step after it may have been started already
@@ -439,46 +461,36 @@ def train(
         if step:
             _log.info("resuming from step %d in %s", step, workdir)
         last = step >= config.steps
-        try:
-            while not last:
-                stalls.begin(step + 1)
-                with meter.waiting(), stalls.at("data"):
-                    batch = next(batches, None)
-                if batch is None:
-                    raise TrainingError(f"step {step + 1}: the training data ended; wanted {config.steps} steps of it")
-                plan = run_config.plan_at(config, step + 1, run["switched_at"])
-                plan = plan and plan.dealt(shards)
-                with tracing.step(step + 1), stalls.at("the compiler, or the devices to take the step"):
-                    state, values = run_programs.step(plan)(state, rows.together(batch))
-                step += 1
-                settle()
-                pending.append(_Pending(step, plan, values, batch))
-                tracing.ended(step, state)
-                saved.poll()
-                if exports:
-                    exports.poll(saved.newest)
-                stopped = stop(step)
-                last = step == config.steps or bool(stopped)
-                # Validation comes before the save, so that a run killed in between does it again; who asks a run to
-                # stop should not have to wait for it.
-                if held_out and not stopped and (last or step % config.validation.every == 0):
-                    with meter.pause(), stalls.at("validation"):
-                        settle()
-                        validate()
-                if last or saved.should_save(step):
-                    settle()  # before the save: a state that is not finite must not become a checkpoint
-                    rest = {"step": state.step, "opt_state": state.opt_state}
-                    with stalls.at(f"the checkpoint of step {step}, or the one before"):
-                        saved.save(step, state.params, rest, batches.get_state(), run)
-        finally:
-            stalls.close()
-            tracing.close()
-            metrics.close()
-            saved.close()
-            if exports:
-                exports.close(saved.newest, wait=step == config.steps)
-            if traced:
-                traced.close()
-        if step < config.steps:
-            _log.warning("stopped by %s after step %d, which is saved; the same command resumes", stopped, step)
-        return state
+        while not last:
+            stalls.begin(step + 1)
+            with meter.waiting(), stalls.at("data"):
+                batch = next(batches, None)
+            if batch is None:
+                raise TrainingError(f"step {step + 1}: the training data ended; wanted {config.steps} steps of it")
+            plan = run_config.plan_at(config, step + 1, run["switched_at"])
+            plan = plan and plan.dealt(shards)
+            with tracing.step(step + 1), stalls.at("the compiler, or the devices to take the step"):
+                state, values = run_programs.step(plan)(state, rows.together(batch))
+            step += 1
+            settle()
+            pending.append(_Pending(step, plan, values, batch))
+            tracing.ended(step, state)
+            saved.poll()
+            if jax.process_index() == 0:
+                exports.poll(saved.completed())
+            stopped = group.stop(step)
+            last = step == config.steps or bool(stopped)
+            # Validation comes before the save, so that a run killed in between does it again; who asks a run to
+            # stop should not have to wait for it.
+            if held_out and not stopped and (last or step % config.validation.every == 0):
+                with meter.pause(), stalls.at("validation"):
+                    settle()
+                    validate()
+            if last or saved.should_save(step):
+                settle()  # before the save: a state that is not finite must not become a checkpoint
+                rest = {"step": state.step, "opt_state": state.opt_state}
+                with stalls.at(f"the checkpoint of step {step}, or the one before"):
+                    saved.save(step, state.params, rest, batches.get_state(), run)
+    if step < config.steps:
+        _log.warning("stopped by %s after step %d, which is saved; the same command resumes", stopped, step)
+    return state

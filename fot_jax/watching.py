@@ -35,7 +35,8 @@ class Stalls:
         self._factor, self._seconds = factor, seconds
         self._took: collections.deque[float] = collections.deque(maxlen=64)
         self._places: list[str] = []
-        self._step, self._began, self._limit = 0, 0.0, float("inf")
+        self._first = self._step = 0
+        self._began, self._limit = 0.0, float("inf")
         self._thread, self._over = threading.get_ident(), threading.Event()
         if factor:
             threading.Thread(target=self._watch, name="stalls", daemon=True).start()
@@ -50,8 +51,6 @@ class Stalls:
         self._step, self._began = step, now
         usual = statistics.median(self._took) if self._took else 0.0
         self._limit = max(self._seconds, self._factor * usual) if usual else _FIRST * self._seconds
-
-    _first = 0
 
     @contextlib.contextmanager
     def at(self, place: str) -> Iterator[None]:
@@ -70,12 +69,12 @@ class Stalls:
         while not self._over.wait(min(1.0, self._seconds / 4)):
             if (took := time.monotonic() - self._began) > self._limit:
                 self._limit = 2 * took
-                _log.warning("%s", self.told(took))
+                _log.warning("%s", self._told(took))
 
-    def told(self, took: float) -> str:
-        """What is said of a step that has taken so many seconds."""
-        usual = f"steps take {statistics.median(self._took):.3g} s" if self._took else "none is done yet"
-        place = self._places[-1] if self._places else "the program"
+    def _told(self, took: float) -> str:
+        steps, places = tuple(self._took), tuple(self._places)  # the other thread changes them
+        usual = f"steps take {statistics.median(steps):.3g} s" if steps else "none is done yet"
+        place = places[-1] if places else "the program"
         frame = traceback.extract_stack(sys._current_frames()[self._thread])[-1]
         return (
             f"process {jax.process_index()}: step {self._step} has taken {took:.0f} s ({usual}); it waits for {place}, "
@@ -125,7 +124,11 @@ class Profile:
         """Ends a trace that is under way."""
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:  # a full disk; it is not worth a run
+                _log.warning("the profile could not be written to %s: %s", self._folder, error)
+                return
             _log.info("profile of steps %d to %d: %s", *self._steps, self._folder)
 
 

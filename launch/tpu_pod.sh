@@ -4,16 +4,21 @@
 #   export NAME=fot ZONE=us-west4-a TYPE=v5litepod-64 BUCKET=gs://my-bucket
 #   launch/tpu_pod.sh create                       # asks for the slice, and waits until it is there
 #   launch/tpu_pod.sh setup                        # code and packages, on all workers
+#   launch/tpu_pod.sh copy FILE...                 # to fot_jax/ on all workers: a tokenizer, texts, a model
 #   launch/tpu_pod.sh train --config=configs/longllama_3b.py:v5e:8x8 --workdir="$BUCKET/run" ...
 #   launch/tpu_pod.sh logs                         # follows process 0
 #   launch/tpu_pod.sh stop                         # SIGTERM: the run saves and ends
 #   launch/tpu_pod.sh train ...                    # the same flags: goes on from there
 #   launch/tpu_pod.sh delete
 #
-# VERSION: of the TPU's software (by TYPE).  SPOT=1: cheaper, and taken away at any time.  REPO: where the code comes from
-# (this checkout's files).  Everything is printed before it is run; with DRY_RUN=1 nothing is.
+# VERSION: of the TPU's software (by TYPE).  SPOT=1: cheaper, and taken away at any time.  Everything is printed before it
+# is run; with DRY_RUN=1 nothing is.
 set -euo pipefail
 
+if [[ $# -eq 0 ]]; then
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0" >&2
+  exit 2
+fi
 : "${NAME:?wanted a name for the slice}" "${ZONE:?wanted a zone, like us-west4-a}"
 here=$(cd "$(dirname "$0")/.." && pwd)
 folder=fot_jax
@@ -44,8 +49,8 @@ quoted() {
   printf '%q ' "$@"
 }
 
-command=${1:-}
-[[ $# -gt 0 ]] && shift
+command=$1
+shift
 case "$command" in
   create)
     : "${TYPE:?wanted a type of slice, like v5litepod-64}"
@@ -53,8 +58,13 @@ case "$command" in
     run gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" --zone="$ZONE" \
       --accelerator-type="$TYPE" --runtime-version="$software" ${SPOT:+--spot}
     [[ -n ${DRY_RUN:-} ]] && exit
-    until gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)' |
-      tee /dev/stderr | grep -q '^ACTIVE$'; do
+    while :; do
+      state=$(gcloud compute tpus queued-resources describe "$NAME" --zone="$ZONE" --format='value(state.state)')
+      echo "$state" >&2
+      case "$state" in
+        ACTIVE) break ;;
+        FAILED | SUSPENDED) echo "there will be none: launch/tpu_pod.sh delete, then create" >&2 && exit 1 ;;
+      esac
       sleep 30
     done
     ;;
@@ -63,8 +73,12 @@ case "$command" in
     trap 'rm -f "$archive"' EXIT
     git -C "$here" archive --format=tar.gz -o "$archive" HEAD
     run gcloud compute tpus tpu-vm scp "$archive" "$NAME:$folder.tar.gz" --zone="$ZONE" --worker=all
-    on all "mkdir -p $folder && tar xzf $folder.tar.gz -C $folder && cd $folder && python3 -m venv .venv && .venv/bin/pip install -q '.[tpu,gs]'"
+    # uv brings a Python that is new enough; that of the image may not be.
+    on all "mkdir -p $folder && tar xzf $folder.tar.gz -C $folder && cd $folder &&
+      (command -v uv || pip install -q --user uv) && PATH=\$HOME/.local/bin:\$PATH &&
+      uv venv -q --python 3.12 .venv && uv pip install -q --python .venv/bin/python '.[tpu,gs]'"
     ;;
+  copy) run gcloud compute tpus tpu-vm scp --recurse "$@" "$NAME:$folder/" --zone="$ZONE" --worker=all ;;
   train)
     # setsid: the run outlives this connection. Every worker finds its place among the others by itself.
     on all "cd $folder && (setsid .venv/bin/python train.py $(quoted "$@") >>train.log 2>&1 & echo \$! >train.pid)"
@@ -73,7 +87,7 @@ case "$command" in
   stop) on all "kill -TERM \$(cat $folder/train.pid) && tail --pid=\$(cat $folder/train.pid) -f /dev/null" ;;
   delete) run gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force ;;
   *)
-    sed -n '2,17p' "$0" | sed 's/^# \{0,1\}//' >&2
+    echo "launch/tpu_pod.sh $command; wanted create, setup, copy, train, logs, stop or delete" >&2
     exit 2
     ;;
 esac

@@ -138,10 +138,20 @@ def test_commands_for_a_tpu_pod(tmp_path):
     )
     status, (train,), _ = asked("train", "--config=configs/a.py", "--config.data.train=('a b',)")
     assert status == 0 and "--worker=all" in train and r"--config.data.train=\(\'a\ b\'\,\)" in train
+    status, (copy,), _ = asked("copy", "a b.model")
+    assert (
+        status == 0
+        and copy == "compute tpus tpu-vm scp --recurse a b.model fot:fot_jax/ --zone=us-west4-a --worker=all"
+    )
+    assert asked("go")[0] == 2 and "wanted create, setup" in asked("go")[2]
     assert asked("stop")[1][0].count("kill -TERM") == 1 and asked("logs")[1][0].count("--worker=0") == 1
     status, nothing, printed = asked("delete", DRY_RUN="1")
     assert status == 0 and not nothing and "+ gcloud compute tpus queued-resources delete fot" in printed
     status, _, said = asked("create", TYPE="v3-8")
     assert status == 1 and "wanted v4-N, v5litepod-N, v5p-N or v6e-N" in said
-    status, _, said = asked()
-    assert status == 2 and "launch/tpu_pod.sh create" in said
+    status, _, said = asked(NAME="", ZONE="")
+    assert (
+        status == 2 and "launch/tpu_pod.sh create" in said and "DRY_RUN=1 nothing is.\n" in said and "set -" not in said
+    )
+    script(tmp_path, "gcloud", "#!/bin/sh\necho FAILED\n")
+    assert asked("create")[0] == 1 and "there will be none" in asked("create")[2]

@@ -7,9 +7,11 @@ import json
 import os
 import pathlib
 import random
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -273,24 +275,63 @@ def in_company(count, act):
     coordinator = f"127.0.0.1:{free_port()}"
 
     def one(i):
-        group = processes._met(processes.Place(coordinator, count, i), 20.0, str)
+        at, meet = processes.Place(coordinator, count, i), processes._joined if i else processes._gathered
+        group = processes.Group(at, *meet(at, time.monotonic() + 20.0))
         try:
             return act(group)
         except processes.ProcessError as error:
             return error
         finally:
-            group.leave("")
+            group.leave()
 
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         return list(pool.map(one, range(count)))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_all_stop_with_the_same_step_whoever_is_asked(seed):
+    random_, count, steps = random.Random(seed), 4, 60
+    asked = {random_.randrange(count): random_.randrange(steps) for _ in range(1 + seed % 2)}
+    meet = threading.Barrier(count)  # a step is done when all have started it
+
+    def act(group):
+        delays = random.Random(group.at.process)
+        group.stop(100)  # resumed
+        for step in range(101, 101 + steps):
+            meet.wait(20)
+            time.sleep(delays.uniform(0, 0.002))
+            if asked.get(group.at.process) == step - 101:
+                threading.Thread(target=group._ask, args=("SIGTERM",)).start()
+            if group.stop(step):
+                return step
+        return None
+
+    ended = in_company(count, act)
+    assert len(set(ended)) == 1
+    # What was asked during the last steps may come too late for any; else it is heeded within a few.
+    assert ended[0] is None or 101 + min(asked.values()) <= ended[0]
+    assert ended[0] is not None or min(asked.values()) > steps - 40
+
+
+def test_a_group_of_one_stops_after_the_step_under_way():
+    group = processes.Group()
+    with group.signals():
+        assert group.stop(7) == ""
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not group.asked:
+            time.sleep(0.001)
+        assert group.stop(8) == "SIGTERM" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_folder_that_is_not_shared_is_told(tmp_path):
-    assert in_company(3, lambda group: group.sees(tmp_path / "run")) == [None] * 3
+    assert in_company(3, lambda group: group.check_shared(tmp_path / "run")) == [None] * 3
     assert list((tmp_path / "run").iterdir()) == []
-    apart = in_company(3, lambda group: group.sees(tmp_path / str(group.at.process == 2), timeout_s=1.0))
+    apart = in_company(3, lambda group: group.check_shared(tmp_path / str(group.at.process == 2), timeout_s=1.0))
     for error in apart:
-        assert "process 2:" in str(error) and "process 1:" not in str(error) and "shared with process 0" in str(error)
+        assert (
+            "process 2:" in str(error) and "process 1:" not in str(error) and "what process 0 has written" in str(error)
+        )
 
 
 def test_who_does_not_come_to_agree_is_named():

@@ -50,9 +50,12 @@ def local(path: str | os.PathLike, step: int | None = None) -> pathlib.Path:
     """
     if not files.store_of(path):
         return pathlib.Path(path)
-    here = staging.folder(path) / "fetched"
+    if step is None:
+        step = (checkpoint.steps(path) or [None])[-1]
+    here = staging.folder(path) / f"fetched-{step}"
     here.mkdir(parents=True, exist_ok=True)
-    checkpoint.fetch(path, here, step)
+    with files.locked(here / ".lock"):  # of several processes one copies
+        checkpoint.fetch(path, here, step)
     return here
 
 
