@@ -212,6 +212,33 @@ def test_stopped_and_resumed_by_other_numbers_of_processes(start, whole, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_signal_while_a_run_resumes_is_heeded_after_a_step(start, tmp_path):
+    workdir = tmp_path / "run"
+    for told in (1, 0):
+        before = (checkpoint.steps(workdir) or [0])[-1]
+        started = start(workdir, 2)
+        for line in started[0].stderr:
+            if "on mesh" in line:  # the processes have met; data, checkpoint and compiler are to come
+                break
+        started[told].terminate()
+        finish(started)
+        assert checkpoint.steps(workdir)[-1] == before + 1
+
+
+@pytest.mark.slow
+def test_all_of_many_processes_say_which_is_lost(start, tmp_path):
+    started = start(tmp_path / "run", 4)
+    assert wait_for(started, lambda: max(losses(tmp_path / "run"), default=0) >= 2)
+    started[2].kill()
+    killed = time.monotonic()
+    for i in (0, 1, 3):
+        errors = started[i].communicate(timeout=60)[1]
+        assert started[i].returncode == 1 and "process 2 on" in errors and "is gone, without a word" in errors, errors
+    assert time.monotonic() - killed < 60
+    started[2].communicate()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_random_moments(start, whole, tmp_path, seed):
     moments, workdir = random.Random(seed), tmp_path / "run"
