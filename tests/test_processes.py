@@ -17,14 +17,17 @@ import time
 import jax
 import numpy as np
 import pytest
+from test_object_stores import gs, s3, store
 
 import fot_jax
-from fot_jax import checkpoint, processes
+from fot_jax import checkpoint, files, processes
 from fot_jax.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
-# Runs train.py, and writes a checksum of every row of every batch that this process brings.
+__all__ = ["gs", "s3", "store"]  # fixtures
+# Runs train.py, and writes a checksum of every row of every batch that this process brings. FAILS is a process that
+# fails with its second batch; with NAN step 5 has no loss.
 RECORD = """
 import hashlib, json, os, sys
 import jax, train
@@ -45,6 +48,13 @@ class Recorded(rows):
         return super().together(batch)
 
 training.Rows = Recorded
+step = training.train_step
+
+def bad(*args):
+    state, values = step(*args)
+    return state, values | {"loss": jax.numpy.where(state.step == 5, jax.numpy.nan, values["loss"])}
+
+training.train_step = bad if "NAN" in os.environ else step
 flags.mark_flags_as_required(["config"])
 app.run(train.main)
 """
@@ -81,7 +91,18 @@ def start(tmp_path_factory):
     base = [f"--config={ROOT / 'tests' / 'toy.py'}", *(f"--config.{key}={value}" for key, value in options.items())]
     base.append(f"--compilation_cache={shared / 'compiled'}")
 
-    def run(workdir, count, *more, devices=8, port=None, only=None, each=lambda i: (), folders=None, **more_env):
+    def run(
+        workdir,
+        count,
+        *more,
+        devices=8,
+        port=None,
+        only=None,
+        each=lambda i: (),
+        folders=None,
+        rows_at=None,
+        **more_env,
+    ):
         port = port or free_port()
         started = []
         for i in range(count) if only is None else only:
@@ -94,7 +115,7 @@ def start(tmp_path_factory):
                 **more_env,
             }
             where = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={i}"] if count > 1 else []
-            command = [sys.executable, str(shared / "record.py"), str(workdir) + f".{count}.{i}.rows", *base]
+            command = [sys.executable, str(shared / "record.py"), f"{rows_at or workdir}.{count}.{i}.rows", *base]
             command += [f"--workdir={workdir}", *where, *more, *each(i)]
             pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             cwd = folders[i] if folders else None
@@ -123,7 +144,7 @@ def rows(workdir, count):
 
 
 def losses(workdir):
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path = files.location(workdir) / "metrics.jsonl"
     found = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return {line["step"]: line["loss"] for line in found if "loss" in line}
 
@@ -161,11 +182,11 @@ def whole(start, tmp_path_factory):
     return workdir, rows(workdir, 1)
 
 
-def killed(start, workdir, which, ready):
+def killed(start, workdir, which, ready, rows_at=None):
     """Two processes, of which one is killed when it is time: the other ends with a message. The rows of the steps that
     are saved; None if all was over before.
     """
-    started = start(workdir, 2)
+    started = start(workdir, 2, rows_at=rows_at)
     if not wait_for(started, ready):
         finish(started)
         return None
@@ -177,7 +198,7 @@ def killed(start, workdir, which, ready):
     started[which].communicate()
     saved = checkpoint.steps(workdir)
     assert (f"checkpoint of step {saved[-1]} is whole" if saved else "There is no checkpoint") in errors
-    return rows(workdir, 2)[: saved[-1] if saved else 0]
+    return rows(rows_at or workdir, 2)[: saved[-1] if saved else 0]
 
 
 def test_killed_and_resumed_by_one_process(start, whole, tmp_path):
@@ -223,6 +244,27 @@ def test_a_signal_while_a_run_resumes_is_heeded_after_a_step(start, tmp_path):
         started[told].terminate()
         finish(started)
         assert checkpoint.steps(workdir)[-1] == before + 1
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_in_an_object_store(start, whole, store, tmp_path):
+    url, at = store[0], tmp_path / "run"
+    seen = killed(start, url, 0, lambda: len(checkpoint.steps(url)) > 1, rows_at=at)
+    assert seen
+    finish(start(url, 1, rows_at=at))
+    assert seen + rows(at, 1) == whole[1]
+    assert_same_outcome(url, whole[0])
+    assert (files.location(url) / "tokenizer.model").exists()
+
+
+@pytest.mark.slow
+def test_every_process_keeps_its_part_of_a_bad_batch(start, tmp_path):
+    started = start(tmp_path / "run", 2, NAN="1")
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert all("step 5: loss is nan" in text for text in errors) and all(p.returncode == 1 for p in started)
+    kept = [np.load(tmp_path / "run" / "refused" / f"step_5.process_{i}.npz") for i in range(2)]
+    assert sorted(row for part in kept for row in part["row"]) == list(range(16))
+    assert checkpoint.steps(tmp_path / "run") == []
 
 
 @pytest.mark.slow
