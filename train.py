@@ -28,7 +28,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fot_jax import checkpoint, data, files, processes, run_config, staging, training, watching
+from fot_jax import checkpoint, data, files, processes, programs, run_config, staging, training, watching
 from fot_jax.hardware import hardware
 from fot_jax.host import keep_freed_memory, one_line, versions
 from fot_jax.tokenizer import Tokenizer, check_vocab
@@ -162,7 +162,7 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
     # 2. Data: tokenised the first time, then opened. Batches are made ahead in a thread.
     prepared = config.data.prepared or workdir / "data"
     documents = run_config.data_source(config, "train", corpora["train"], tokenizer, prepared)
-    rows = training.Rows(config, mesh).numbers
+    rows = programs.Rows(config, mesh).numbers
     batches = data.Batches(run_config.packed(config, model, documents, rows))
     validation, fingerprints = (), [documents.fingerprint]
     if config.validation.every:

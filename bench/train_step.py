@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from fot_jax import run_config, sharding, training
+from fot_jax import metrics, programs, run_config, sharding
 from fot_jax.host import keep_freed_memory
 
 _SECONDS = flags.DEFINE_float("seconds", 30.0, "how long to measure")
@@ -70,30 +70,30 @@ def main(_: list[str]) -> None:
     mesh = sharding.make_mesh(config.mesh)
     run_config.check_batch(config, model_config, mesh.shape)
     with jax.set_mesh(mesh):
-        programs, plan = training.programs(config, model_config, mesh), run_config.plan_at(config, 1)
+        made, plan = programs.build(config, model_config, mesh), run_config.plan_at(config, 1)
         plan = plan and plan.dealt(sharding.ways("batch"))
-        places = jax.tree.map(lambda x: x.sharding, programs.state)
-        A, B, T = programs.batch["tokens"].shape
+        places = jax.tree.map(lambda x: x.sharding, made.state)
+        A, B, T = made.batch["tokens"].shape
         tokens = np.random.default_rng(0).integers(3, model_config.vocab_size, (A, B, T + 1), dtype=np.int32)
         ones = np.ones((A, B, T), np.int32)
         batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:], "loss_mask": ones > 0, "segment_ids": ones}
-        batch = {name: jax.device_put(x, programs.batch[name].sharding) for name, x in batch.items()}
+        batch = {name: jax.device_put(x, made.batch[name].sharding) for name, x in batch.items()}
         start = time.perf_counter()
-        compiled = programs.step(plan).lower(programs.state, programs.batch).compile()
+        compiled = made.step(plan).lower(made.state, made.batch).compile()
         compile_seconds = time.perf_counter() - start
         if _COMPILE_ONLY.value:
             temporary = compiled.memory_analysis().temp_size_in_bytes
             print(json.dumps({"compile_seconds": round(compile_seconds, 1), "temporary_bytes": temporary}))
             return
         matmul = Matmul(model_config.dtypes.compute)
-        state = jax.jit(programs.initial, out_shardings=places)(jax.random.key(0))
+        state = jax.jit(made.initial, out_shardings=places)(jax.random.key(0))
         for _ in range(2):
             state, values = compiled(state, batch)
         jax.block_until_ready(values)
 
         # A shared machine drifts by a quarter within a minute: three steps are compared with the products round them.
         peaks, times, shares = [matmul.flops()], [], []
-        of_token = training.flops_per_token(model_config, plan, T)
+        of_token = metrics.flops_per_token(model_config, plan, T)
         needed, end = A * B * T * of_token / mesh.size, time.perf_counter() + _SECONDS.value
         while time.perf_counter() < end or len(shares) < 3:
             for _ in range(3):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fot_jax import attention, crossbatch, hlo, run_config, sharding, training
+from fot_jax import attention, crossbatch, hlo, programs, run_config, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.hardware import Hardware
 from fot_jax.host import row, size, versions
@@ -123,7 +123,7 @@ def arithmetic(config: ConfigDict, chips: Hardware, share: float) -> Arithmetic:
     mesh = sharding.abstract_mesh(config.mesh, chips.chips, chips.slices)
     _check_mesh(mesh, chips)
     run_config.check_batch(config, model_config, mesh.shape)
-    state = training.programs(config, model_config, mesh).state
+    state = programs.build(config, model_config, mesh).state
     held = lambda tree: sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
@@ -352,11 +352,11 @@ def compiled(config: ConfigDict, chips: Hardware) -> Compiled:
     _check_mesh(mesh, chips)
     run_config.check_batch(config, model_config, mesh.shape)
     with jax.set_mesh(mesh):
-        programs, how = training.programs(config, model_config, mesh), _how(config, model_config, sharding.platform())
+        made, how = programs.build(config, model_config, mesh), _how(config, model_config, sharding.platform())
         plan = how.plan and how.plan.dealt(sharding.ways("batch"))
         begin = time.perf_counter()
         try:
-            program = programs.step(plan).lower(programs.state, programs.batch).compile()
+            program = made.step(plan).lower(made.state, made.batch).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

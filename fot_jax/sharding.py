@@ -270,7 +270,7 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def param_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """Shardings of parameters, stacked by layer or not. (Optimizer state: `training.state_shardings`.)
+    """Shardings of parameters, stacked by layer or not. (Optimizer state: `programs.state_shardings`.)
 
     Raises:
         ValueError: a parameter that is not in the table, or a dimension its mesh axes do not divide.

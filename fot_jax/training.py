@@ -1,6 +1,5 @@
-"""Training: a step, and the loop round it.
+"""Training: the loop round a step, from a checkpoint or a beginning to the last step, or until it is stopped.
 
-A step is one jitted function from (state, batch) to (state, metrics), with its shardings stated and the state donated.
 Everything that decides what a step computes is a function of the configuration, the step number and what the checkpoint
 holds, so that a run killed at any moment and started again ends with the same bits.
 """
@@ -8,268 +7,33 @@ holds, so that a run killed at any moment and started again ends with the same b
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import io
 import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from fot_jax import attention, checkpoint, crossbatch, files, model, processes, run_config, sharding
+from fot_jax import attention, checkpoint, crossbatch, files, model, processes, programs, run_config, sharding
 from fot_jax.config import ModelConfig, check_target
 from fot_jax.exports import Exports
-from fot_jax.losses import Batch, LossOptions, loss_sums
+from fot_jax.losses import Batch
 from fot_jax.metrics import Meter, Metrics, flops_per_token
 from fot_jax.mirror import Mirror
-from fot_jax.run_config import learning_rate, make_optimizer
+from fot_jax.programs import Programs, TrainState, new_state
 from fot_jax.watching import Profile, Stalls, memory_in_use
 
-Array = jax.Array
-PyTree = Any
 _log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step and says what is kept."""
-
-
-# ------------------------------------------------------------------------------------------------------------- step
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """What a step changes: steps done (int32), parameters, optimizer state."""
-
-    step: Array
-    params: PyTree
-    opt_state: PyTree
-
-
-def new_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-
-def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState) -> TrainState:
-    """Shardings of a state (of arrays or shapes): what an optimizer keeps of a parameter, whole or summed over one of
-    its axes, lies as the parameter does; single numbers, and what `sharding.OPTIMIZER` names, are on every device.
-
-    Raises:
-        ValueError: an array of the optimizer's that is not that of a parameter; see also `sharding.param_shardings`.
-    """
-    params = sharding.param_shardings(mesh, state.params)
-    shapes, places = checkpoint.named_leaves(state.params), checkpoint.named_leaves(params)
-
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if math.prod(leaf.shape) == 1 or getattr(path[-1], "name", None) in sharding.OPTIMIZER:
-            return sharding.replicated(mesh)
-        name = "." + jax.tree_util.keystr(path, simple=True, separator=".")
-        of = max((p for p in shapes if name.endswith("." + p)), key=len, default=None)
-        if of is not None:
-            whole, split = shapes[of].shape, tuple(places[of].spec)
-            if leaf.shape == whole:
-                return places[of]
-            for axis in range(len(whole)):
-                if leaf.shape == whole[:axis] + whole[axis + 1 :]:
-                    return NamedSharding(mesh, P(*split[:axis], *split[axis + 1 :]))
-        raise ValueError(
-            f"optimizer state {name[1:]} of shape {leaf.shape} is not of a parameter; wanted the shape of one, with "
-            "all of its axes or one fewer, or a single number"
-        )
-
-    return TrainState(sharding.replicated(mesh), params, jax.tree_util.tree_map_with_path(place, state.opt_state))
-
-
-def train_step(
-    config: ModelConfig,
-    options: LossOptions,
-    optimizer: optax.GradientTransformation,
-    rate: Callable[[Array], Array],
-    plan: crossbatch.Plan | None,
-    state: TrainState,
-    batch: Batch,
-) -> tuple[TrainState, dict[str, Array]]:
-    """One update from the gradient of the mean loss over all unmasked tokens of all microbatches.
-
-    Args:
-        rate: learning rate of an update number, reported.
-        plan: crossbatch plan of a microbatch.
-        batch: arrays as for `loss_sums`, with a leading axis of microbatches, [A, B, T].
-
-    Returns:
-        The next state and float32 scalars: loss, accuracy, tokens, grad_norm, param_norm, learning_rate.
-    """
-    grad = jax.value_and_grad(functools.partial(loss_sums, config, options, plan), has_aux=True)
-
-    def add(total: PyTree, micro: Batch) -> tuple[PyTree, None]:
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, grad(state.params, micro)), None
-
-    first = {key: x[0] for key, x in batch.items()}
-    if batch["tokens"].shape[0] == 1:
-        (loss, counts), grads = grad(state.params, first)
-    else:  # sums, divided once by all tokens: a microbatch with more of them weighs more
-        shapes = jax.eval_shape(grad, state.params, first)
-        ((loss, counts), grads), _ = jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), batch)
-    tokens = jnp.maximum(counts["tokens"], 1.0)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {
-        "loss": loss / tokens,
-        "accuracy": counts["right"] / tokens,
-        "tokens": counts["tokens"],
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
-        "learning_rate": rate(state.step),
-    }
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def compiler_options() -> dict[str, Any] | None:
-    """What XLA is told when it compiles a step.
-
-    On a CPU, JAX 0.10.2 hands matrix products to its library one by one; told to hand over what follows them too, the
-    step of bench/train_step.py takes 3 to 8% less time. The option is experimental: other versions, of which only 0.12
-    was measured, without a difference, are told nothing. The known wrong results of that library (jax-ml/jax#39103,
-    small matrices before a sum) are there without this too; a test compares gradients.
-    """
-    if sharding.platform() != "cpu" or jax.__version_info__ != (0, 10, 2):
-        return None
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE"}
-
-
-class Programs(NamedTuple):
-    """What a run compiles, and where its arguments lie on the mesh of `jax.set_mesh`.
-
-    Attributes:
-        optimizer: what updates parameters.
-        initial: key -> the state before the first step.
-        state: shapes and places of a state.
-        batch: shapes and places of a batch in microbatches, [A, B, T].
-        step: the crossbatch plan of a microbatch -> (state, batch) -> (state, metrics), jitted; the state is donated.
-        evaluate: (params, batch) -> sums, jitted; see `eval_step`.
-    """
-
-    optimizer: optax.GradientTransformation
-    initial: Callable[[Array], TrainState]
-    state: TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
-    step: Callable[[crossbatch.Plan | None], Any]
-    evaluate: Any
-
-
-def programs(config: ConfigDict, model_config: ModelConfig, mesh: Mesh | AbstractMesh) -> Programs:
-    """The programs of a run, jitted but not compiled; within `jax.set_mesh(mesh)`, whose devices need not be there. An
-    abstract mesh is enough for shapes and places.
-
-    Raises:
-        ValueError: parameters that the mesh does not divide, or are not in the table.
-    """
-    optimizer, rate = make_optimizer(config), learning_rate(config)
-    options = LossOptions(
-        loss_chunk=config.loss_chunk,
-        remat=config.remat,
-        unroll=config.unroll,
-        separate=config.batch.separate,
-        loss_on_previous=config.crossbatch.loss_on_previous,
-        kernel=config.attention,
-        execution=config.crossbatch.execution,
-    )
-
-    def initial(key: Array) -> TrainState:
-        return new_state(model.init_params(model_config, key), optimizer)
-
-    abstract = jax.eval_shape(lambda: initial(jax.random.key(config.seed)))
-    places = state_shardings(mesh, abstract)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
-    batch_place, replicated = NamedSharding(mesh, P(None, *sharding.spec("batch"))), sharding.replicated(mesh)
-    parts = config.batch.accumulate
-    shape = parts, config.batch.rows // parts, run_config.batch_length(config, model_config)
-    dtypes = dict(tokens=jnp.int32, targets=jnp.int32, loss_mask=jnp.bool_, segment_ids=jnp.int32)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_place) for name, dtype in dtypes.items()}
-
-    @functools.cache
-    def step(plan: crossbatch.Plan | None) -> Any:
-        return jax.jit(
-            functools.partial(train_step, model_config, options, optimizer, rate, plan),
-            in_shardings=(places, batch_place),
-            out_shardings=(places, replicated),
-            donate_argnums=0,
-            compiler_options=compiler_options(),
-        )
-
-    evaluate = jax.jit(
-        functools.partial(eval_step, model_config, options),
-        in_shardings=(places.params, batch_place),
-        out_shardings=replicated,
-    )
-    return Programs(optimizer, initial, state, batch, step, evaluate)
-
-
-def eval_step(config: ModelConfig, options: LossOptions, params: PyTree, batch: Batch) -> tuple[Array, Array, Array]:
-    """Sums over a batch [A, B, T] without crossbatch: loss, unmasked tokens, tokens predicted right."""
-
-    def one(micro: Batch) -> tuple[Array, Array, Array]:
-        loss, counts = loss_sums(config, options, None, params, micro)
-        return loss, counts["tokens"], counts["right"]
-
-    return jax.tree.map(lambda x: x.sum(), jax.lax.map(one, batch))
-
-
-def microbatches(config: ConfigDict, shards: int = 1) -> np.ndarray:
-    """int [A, R / A]: the numbers of a batch's rows as microbatches have them. Each keeps whole documents (see
-    `run_config.layout`), its blocks dealt to shards (see `crossbatch.Plan.dealt`).
-    """
-    blocks = run_config.layout(config)[1] if config.crossbatch.kind == "blocks" else 1
-    apart = np.arange(config.batch.rows).reshape(blocks, config.batch.accumulate, shards if blocks > 1 else 1, -1)
-    return np.moveaxis(apart, 0, 2).reshape(config.batch.accumulate, -1)
-
-
-class Rows:
-    """Which rows of a batch this process has, and how they become the batch of all.
-
-    Attributes:
-        numbers: int [n], of the rows that this process's devices take, ascending: what its data should make.
-    """
-
-    def __init__(self, config: ConfigDict, mesh: Mesh):
-        order = microbatches(config, mesh.shape["data"] * mesh.shape["fsdp"])
-        self._place = NamedSharding(mesh, P(None, *sharding.spec("batch")))
-        indices = self._place.addressable_devices_indices_map(order.shape).values()
-        self._columns = np.unique(np.concatenate([np.arange(order.shape[1])[columns] for _, columns in indices]))
-        self.numbers = np.sort(order[:, self._columns], axis=None)
-        self._taken = np.searchsorted(self.numbers, order[:, self._columns])
-        self._rows = order.shape[1]
-
-    def together(self, batch: Batch) -> Batch:
-        """Arrays of all processes, [A, R / A, T], from this one's rows [n, T]."""
-
-        def joined(x: np.ndarray) -> Array:
-            micro = np.asarray(x)[self._taken]
-
-            def part(index: tuple[slice, ...]) -> np.ndarray:
-                columns = np.arange(self._rows)[index[1]]
-                return micro[:, np.searchsorted(self._columns, columns)]
-
-            shape = (micro.shape[0], self._rows, micro.shape[-1])
-            return jax.make_array_from_callback(shape, self._place, part)
-
-        return {key: joined(batch[key]) for key in ("tokens", "targets", "loss_mask", "segment_ids")}
-
-
-# ------------------------------------------------------------------------------------------------------------- loop
 
 
 def check(config: ConfigDict, workdir: str | os.PathLike) -> tuple[ModelConfig, jax.sharding.Mesh]:
@@ -305,7 +69,7 @@ def check(config: ConfigDict, workdir: str | os.PathLike) -> tuple[ModelConfig, 
 
 
 def _starting_state(
-    config: ConfigDict, model_config: ModelConfig, workdir: str | os.PathLike, programs: Programs, batches: Any
+    config: ConfigDict, model_config: ModelConfig, workdir: str | os.PathLike, made: Programs, batches: Any
 ) -> tuple[TrainState, dict[str, Any]]:
     """From, in this order: a checkpoint of this run, parameters to start from, initial parameters. Brings the data to
     their place.
@@ -313,7 +77,7 @@ def _starting_state(
     Returns:
         The state, and what else the loop must remember.
     """
-    shapes = programs.state
+    shapes = made.state
     places = jax.tree.map(lambda x: x.sharding, shapes)
     if checkpoint.steps(workdir):
         rest = {"step": shapes.step, "opt_state": shapes.opt_state}
@@ -323,21 +87,82 @@ def _starting_state(
     run = {"switched_at": None}
     if config.init_from:
         params = run_config.starting_params(config.init_from, model_config, places.params)
-        begin = functools.partial(new_state, optimizer=programs.optimizer)
+        begin = functools.partial(new_state, optimizer=made.optimizer)
         return jax.jit(begin, out_shardings=places)(params), run
     # Run once: on a CPU, optimising the random number generator takes the compiler longer than running it.
     quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    initial = jax.jit(programs.initial, out_shardings=places, compiler_options=quick)
+    initial = jax.jit(made.initial, out_shardings=places, compiler_options=quick)
     return initial(jax.random.key(config.seed)), run
 
 
-class _Pending(NamedTuple):
+class _Started(NamedTuple):
     """A step that was started, and whose numbers were not looked at."""
 
     step: int
     plan: crossbatch.Plan | None
-    values: dict[str, Array]
+    values: dict[str, jax.Array]
     batch: Batch
+
+
+class _Numbers:
+    """The numbers of steps, which are looked at when the next step is started, so that the device is never waited for.
+
+    Args:
+        run: what the loop must remember beside the state; gets the step that a schedule switches at.
+        saved: checkpoints, which numbers that are not finite do not get into.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        model_config: ModelConfig,
+        first: int,
+        run: dict[str, Any],
+        rows: programs.Rows,
+        saved: checkpoint.Checkpoints,
+        metrics: Metrics,
+        meter: Meter,
+        stalls: Stalls,
+    ):
+        self._config, self._model, self._first, self._run, self._rows = config, model_config, first, run, rows
+        self._saved, self._metrics, self._meter, self._stalls = saved, metrics, meter, stalls
+        self._length = run_config.batch_length(config, model_config)
+        self._started: _Started | None = None
+
+    def started(self, one: _Started) -> None:
+        """Takes a step that was started, and looks at the one before."""
+        self.settle()
+        self._started = one
+
+    def settle(self) -> None:
+        """Looks at the numbers of the step under way.
+
+        Raises:
+            TrainingError: they are not finite.
+        """
+        if self._started is None:
+            return
+        (step, plan, values, batch), self._started = self._started, None
+        with self._stalls.at(f"the devices, in step {step}"):
+            values = {key: float(value) for key, value in jax.device_get(values).items()}
+        if not all(map(math.isfinite, (values["loss"], values["grad_norm"], values["param_norm"]))):
+            workdir = self._saved.directory.parent
+            kept = _keep_batch(workdir, step, self._rows.numbers, batch)
+            self._saved.wait()
+            raise TrainingError(
+                f"step {step}: loss is {values['loss']}, gradient norm {values['grad_norm']}, parameter norm "
+                f"{values['param_norm']}; wanted finite numbers. {kept} The step is not saved; good checkpoints in "
+                f"{self._saved.directory}: {checkpoint.steps(workdir) or 'none'}"
+            )
+        config = self._config
+        if self._run["switched_at"] is None and values["accuracy"] >= config.crossbatch.switch_accuracy:
+            self._run["switched_at"] = step + 2  # the step after it may have been started already
+        tokens = config.batch.rows * self._length
+        self._meter.count(tokens, tokens * flops_per_token(self._model, plan, self._length))
+        if step % config.log_every == 0 or step in (self._first + 1, config.steps):
+            loss = {"loss": values.pop("loss")}
+            loss["perplexity"] = math.exp(min(loss["loss"], 700))
+            self._metrics.write(step, loss | values | self._meter.rates() | memory_in_use())
 
 
 def _keep_batch(workdir: str | os.PathLike, step: int, rows: np.ndarray, batch: Batch) -> str:
@@ -351,6 +176,15 @@ def _keep_batch(workdir: str | os.PathLike, step: int, rows: np.ndarray, batch: 
     except Exception as error:  # a full disk, a store out of reach
         return f"Its batch could not be written to {path} ({files.first_line(error)})."
     return f"Its batch is in {path}."
+
+
+def _validated(made: Programs, params: Any, rows: programs.Rows, held_out: list[Batch]) -> dict[str, float]:
+    """Numbers of held-out batches."""
+    each = map(rows.together, held_out)  # one after another, as each is only there while it is needed
+    sums = np.sum([jax.device_get(made.evaluate(params, batch)) for batch in each], axis=0)
+    loss, accuracy = float(sums[0] / max(sums[1], 1)), float(sums[2] / max(sums[1], 1))
+    values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
+    return {f"validation_{key}": value for key, value in values.items()}
 
 
 def train(
@@ -389,8 +223,8 @@ def train(
     if group.at.processes != jax.process_count():
         raise ValueError(f"group is of {group.at.processes} processes; wanted that of all {jax.process_count()}")
     model_config, mesh = check(config, workdir)
-    workdir = files.location(workdir)
-    c = config.checkpoint
+    workdir, c = files.location(workdir), config.checkpoint
+    # What `closing` is given is closed at the end, whatever happened, the last first.
     with jax.set_mesh(mesh), group.signals(), contextlib.ExitStack() as closing:
         saved = checkpoint.Checkpoints(
             workdir,
@@ -400,64 +234,31 @@ def train(
             keep_every=c.keep_every,
             exported_every=config.export.every,
         )
-        run_programs = programs(config, model_config, mesh)
-        state, run = _starting_state(config, model_config, workdir, run_programs, batches)
-        shards, rows = sharding.ways("batch"), Rows(config, mesh)
+        made, rows = programs.build(config, model_config, mesh), programs.Rows(config, mesh)
+        state, run = _starting_state(config, model_config, workdir, made, batches)
         step = first = int(state.step)
-        length = run_config.batch_length(config, model_config)
-        tokens = config.batch.rows * length
-        # All of these are closed, whatever happens to one of them: the last first.
+
         traced = Mirror(workdir / "profile" / f"process_{jax.process_index()}") if profile else None
         if traced:
             closing.callback(traced.close)
         if jax.process_index() == 0:
+            files.write_json(workdir / "config.json", config.to_dict())
             exports = Exports(workdir, **config.export)
             wait = lambda: step == config.steps and not group.asked
-            closing.push(lambda failed, *_: exports.close(saved.completed(), wait=wait if not failed else bool))
+            closing.push(lambda failed, *_: exports.close(saved.completed(), wait=bool if failed else wait))
         closing.callback(saved.close)
         metrics = Metrics(workdir, step, config.steps, config.wandb, config.to_dict())
         closing.callback(metrics.close)
         tracing = Profile(traced.local if traced else None, profile)
         closing.callback(tracing.close)
-        stalls = Stalls(**config.stall)
+        stalls, meter = Stalls(**config.stall), Meter(run_config.peak_flops(config, mesh.size))
         closing.callback(stalls.close)
-        # First of all the others are told, who may wait for this process in a collective or a save.
+        # Before all that, the others are told, who may wait for this process in a collective or a save.
         closing.push(lambda _, error, __: group.leave(files.first_line(error)) if error else None)
-        meter = Meter(run_config.peak_flops(config, mesh.size))
+
+        numbers = _Numbers(config, model_config, first, run, rows, saved, metrics, meter, stalls)
         held_out = list(itertools.islice(validation, config.validation.batches)) if config.validation.every else []
-        pending: list[_Pending] = []
-
-        def settle() -> None:
-            """Fetches the numbers of the step before, so that the device is never waited for; refuses bad ones."""
-            while pending:
-                done, plan, values, batch = pending.pop()
-                with stalls.at(f"the devices, in step {done}"):
-                    values = {key: float(value) for key, value in jax.device_get(values).items()}
-                if not all(map(math.isfinite, (values["loss"], values["grad_norm"], values["param_norm"]))):
-                    kept = _keep_batch(workdir, done, rows.numbers, batch)
-                    saved.wait()
-                    raise TrainingError(
-                        f"step {done}: loss is {values['loss']}, gradient norm {values['grad_norm']}, parameter norm "
-                        f"{values['param_norm']}; wanted finite numbers. {kept} The step is not saved; good "
-                        f"checkpoints in {saved.directory}: {checkpoint.steps(workdir) or 'none'}"
-                    )
-                if run["switched_at"] is None and values["accuracy"] >= config.crossbatch.switch_accuracy:
-                    run["switched_at"] = done + 2  # the step after it may have been started already
-                meter.count(tokens, tokens * flops_per_token(model_config, plan, length))
-                if done % config.log_every == 0 or done in (first + 1, config.steps):
-                    loss = {"loss": values.pop("loss")}
-                    loss["perplexity"] = math.exp(min(loss["loss"], 700))
-                    metrics.write(done, loss | values | meter.rates() | memory_in_use())
-
-        def validate() -> None:
-            each = map(rows.together, held_out)
-            sums = np.sum([jax.device_get(run_programs.evaluate(state.params, batch)) for batch in each], axis=0)
-            loss, accuracy = float(sums[0] / max(sums[1], 1)), float(sums[2] / max(sums[1], 1))
-            values = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
-            metrics.write(step, {f"validation_{key}": value for key, value in values.items()})
-
-        if jax.process_index() == 0:
-            files.write_json(workdir / "config.json", config.to_dict())
+        shards = sharding.ways("batch")
         if step:
             _log.info("resuming from step %d in %s", step, workdir)
         last = step >= config.steps
@@ -470,10 +271,9 @@ def train(
             plan = run_config.plan_at(config, step + 1, run["switched_at"])
             plan = plan and plan.dealt(shards)
             with tracing.step(step + 1), stalls.at("the compiler, or the devices to take the step"):
-                state, values = run_programs.step(plan)(state, rows.together(batch))
+                state, values = made.step(plan)(state, rows.together(batch))
             step += 1
-            settle()
-            pending.append(_Pending(step, plan, values, batch))
+            numbers.started(_Started(step, plan, values, batch))
             tracing.ended(step, state)
             saved.poll()
             if jax.process_index() == 0:
@@ -484,10 +284,10 @@ def train(
             # stop should not have to wait for it.
             if held_out and not stopped and (last or step % config.validation.every == 0):
                 with meter.pause(), stalls.at("validation"):
-                    settle()
-                    validate()
+                    numbers.settle()
+                    metrics.write(step, _validated(made, state.params, rows, held_out))
             if last or saved.should_save(step):
-                settle()  # before the save: a state that is not finite must not become a checkpoint
+                numbers.settle()  # before the save: a state that is not finite must not become a checkpoint
                 rest = {"step": state.step, "opt_state": state.opt_state}
                 with stalls.at(f"the checkpoint of step {step}, or the one before"):
                     saved.save(step, state.params, rest, batches.get_state(), run)

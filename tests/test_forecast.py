@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fot_jax import crossbatch, forecast, hlo, run_config, sharding, training
+from fot_jax import crossbatch, forecast, hlo, metrics, model, programs, run_config, sharding
 from fot_jax.hardware import CHIPS, Hardware, hardware
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -290,9 +290,9 @@ def step_of(config, devices):
     model_config = run_config.model_config(config)
     mesh = sharding.make_mesh(config.mesh, devices)
     with jax.set_mesh(mesh):
-        programs = training.programs(config, model_config, mesh)
+        made = programs.build(config, model_config, mesh)
         plan = run_config.plan_at(config, 1).dealt(sharding.ways("batch"))
-        return hlo.Program(programs.step(plan).lower(programs.state, programs.batch).compile().as_text())
+        return hlo.Program(made.step(plan).lower(made.state, made.batch).compile().as_text())
 
 
 RUN = dict(
@@ -317,7 +317,7 @@ def test_eight_devices_do_an_eighth_of_the_work_each(kind, contexts, execution, 
     one = step_of(config(), devices[:1]).matmul_flops()
     # At least what the mathematics needs; beyond it, layers are computed again, and masked scores too.
     plan = run_config.plan_at(config(), 1)
-    needed = training.flops_per_token(run_config.model_config(config()), plan, 16) * 16 * 16
+    needed = metrics.flops_per_token(run_config.model_config(config()), plan, 16) * 16 * 16
     assert needed < one < 2 * needed
     for mesh in (dict(mesh__data=8), dict(mesh__fsdp=4, mesh__tensor=2)):
         assert needed / 8 <= step_of(config(**mesh), devices).matmul_flops() <= 1.1 * one / 8, mesh
@@ -344,7 +344,7 @@ def test_collectives_are_those_that_fsdp_and_crossbatch_call_for(loss_chunk, dev
     assert permuted.nbytes == (2 * 3 * 2 + 2 * 2 + 2 * 2) * row + numbers * 16 * 4
     # A layer's weights are gathered forward, and again where it is recomputed; the head's once, however many chunks the
     # loss has. Each gradient is summed once. The rest are norms' scales and single numbers.
-    params = training.model.abstract_params(model_config)
+    params = model.abstract_params(model_config)
     nbytes = lambda tree: sum(x.size for x in jax.tree.leaves(tree)) * 4
     head, layers = nbytes(params["head"]), nbytes([params[key] for key in params if key.startswith("segment")])
     assert 2 * layers + head <= found["all-gather"].nbytes <= 1.02 * (2 * layers + head)

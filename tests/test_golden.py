@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from fot_jax import memory, model, run_config, sharding, training
+from fot_jax import memory, model, programs, run_config, sharding
 from fot_jax.checkpoint import named_leaves
 from fot_jax.config import named
 from fot_jax.memory import cache
@@ -29,9 +29,9 @@ def lines(size, devices):
     run = default_config()
     run.optimizer.name = OPTIMIZERS[size]
     optimizer = run_config.make_optimizer(run)
-    state = jax.eval_shape(lambda: training.new_state(model.init_params(config, jax.random.key(0)), optimizer))
+    state = jax.eval_shape(lambda: programs.new_state(model.init_params(config, jax.random.key(0)), optimizer))
     mesh = sharding.make_mesh(MESH, devices)
-    places = training.state_shardings(mesh, state)
+    places = programs.state_shardings(mesh, state)
     with jax.set_mesh(mesh):
         caches = jax.eval_shape(lambda: memory.init_memory(config, 2, 2**18))
         of_caches = cache.specs(caches)
@@ -57,15 +57,15 @@ def test_an_optimizer_array_that_belongs_to_no_parameter_is_an_error(devices):
     config = named("fot_37m")
     params = model.abstract_params(config)
     mesh = sharding.make_mesh({"fsdp": 8}, devices)
-    state = training.TrainState(jnp.zeros((), jnp.int32), params, {"extra": jax.ShapeDtypeStruct((5,), jnp.float32)})
+    state = programs.TrainState(jnp.zeros((), jnp.int32), params, {"extra": jax.ShapeDtypeStruct((5,), jnp.float32)})
     with pytest.raises(ValueError, match=r"optimizer state extra of shape \(5,\) is not of a parameter"):
-        training.state_shardings(mesh, state)
+        programs.state_shardings(mesh, state)
     strange = {"mu": jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), params)}
     with pytest.raises(ValueError, match="optimizer state mu.embed.embedding of shape"):
-        training.state_shardings(mesh, training.TrainState(state.step, params, strange))
+        programs.state_shardings(mesh, programs.TrainState(state.step, params, strange))
     factored = optax.scale_by_factored_rms()
     kept = jax.eval_shape(factored.init, params)
-    places = training.state_shardings(mesh, training.TrainState(state.step, params, kept)).opt_state
+    places = programs.state_shardings(mesh, programs.TrainState(state.step, params, kept)).opt_state
     assert kept.v_row["segment_0"]["plain"]["mlp"]["up"].shape == (1, 8, 512)
     assert places.v_row["segment_0"]["plain"]["mlp"]["up"].spec == jax.sharding.PartitionSpec(None, None, "fsdp")
 

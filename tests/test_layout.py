@@ -23,6 +23,7 @@ ORDER = [
     {"pretrained"},
     {"model", "metrics"},
     {"generate", "losses", "run_config"},
+    {"programs"},
     {"training"},
     {"evals", "forecast"},
 ]

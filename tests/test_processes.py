@@ -32,9 +32,9 @@ RECORD = """
 import hashlib, json, os, sys
 import jax, train
 from absl import app, flags
-from fot_jax import training
+from fot_jax import programs
 
-path, rows, steps = sys.argv.pop(1), training.Rows, []
+path, rows, steps = sys.argv.pop(1), programs.Rows, []
 
 class Recorded(rows):
     def together(self, batch):
@@ -47,14 +47,14 @@ class Recorded(rows):
             file.write(json.dumps(sums) + "\\n")
         return super().together(batch)
 
-training.Rows = Recorded
-step = training.train_step
+programs.Rows = Recorded
+step = programs.train_step
 
 def bad(*args):
     state, values = step(*args)
     return state, values | {"loss": jax.numpy.where(state.step == 5, jax.numpy.nan, values["loss"])}
 
-training.train_step = bad if "NAN" in os.environ else step
+programs.train_step = bad if "NAN" in os.environ else step
 flags.mark_flags_as_required(["config"])
 app.run(train.main)
 """

@@ -17,7 +17,7 @@ import optax
 import pytest
 import toy
 
-from fot_jax import checkpoint, crossbatch, host, losses, metrics, model, run_config, sharding, training
+from fot_jax import checkpoint, crossbatch, host, losses, metrics, model, programs, run_config, sharding, training
 from fot_jax.config import ModelConfig, named
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def head_case():
 def test_what_the_compiler_is_told_changes_no_gradient(rows, length, n_kv_heads):
     # Against products handed over one by one, sums not at all. The library's known errors are in the third digit,
     # with more than 32,768 rows of small matrices.
-    options = training.compiler_options()
+    options = programs.compiler_options()
     if options is None:
         pytest.skip("only JAX 0.10.2 on a CPU is told anything: nothing to compare")
     plain = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
@@ -159,9 +159,9 @@ def test_accumulated_gradient_equals_the_large_batch():
 
     def step(accumulate, options):
         micro = {key: x.reshape(accumulate, -1, x.shape[-1]) for key, x in batch.items() if key != "document"}
-        state = training.new_state(random_params(SMALL), optimizer)
+        state = programs.new_state(random_params(SMALL), optimizer)
         rate = lambda count: jnp.float32(1.0)
-        return jax.jit(lambda s, b: training.train_step(SMALL, options, optimizer, rate, None, s, b))(state, micro)
+        return jax.jit(lambda s, b: programs.train_step(SMALL, options, optimizer, rate, None, s, b))(state, micro)
 
     whole, whole_metrics = step(1, losses.LossOptions())
     parts, parts_metrics = step(4, losses.LossOptions(loss_chunk=6, separate="documents"))
@@ -172,10 +172,10 @@ def test_accumulated_gradient_equals_the_large_batch():
 
 def test_microbatches_keep_documents_whole():
     run = dict(batch__rows=12, batch__accumulate=3)
-    assert training.microbatches(toy.config(**run)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert programs.microbatches(toy.config(**run)).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     blocks = toy.config(**run, crossbatch__kind="blocks", crossbatch__contexts=(1,))  # row j * 6 + stream
-    assert training.microbatches(blocks).tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
-    assert training.microbatches(blocks, 2).tolist() == [[0, 6, 1, 7], [2, 8, 3, 9], [4, 10, 5, 11]]
+    assert programs.microbatches(blocks).tolist() == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
+    assert programs.microbatches(blocks, 2).tolist() == [[0, 6, 1, 7], [2, 8, 3, 9], [4, 10, 5, 11]]
 
 
 def test_rows_of_earlier_windows_can_be_left_out_of_the_loss():

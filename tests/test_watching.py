@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toy
 
-from fot_jax import formats, metrics, mirror, training, watching
+from fot_jax import formats, metrics, mirror, programs, training, watching
 
 
 class Slow(toy.Batches):
@@ -66,26 +66,15 @@ def test_profiles_of_no_steps(text):
 def test_the_batch_that_made_numbers_bad_is_kept(tmp_path, monkeypatch):
     config = toy.config()
     seen = []
-    together = training.Rows.together
-    monkeypatch.setattr(training.Rows, "together", lambda self, batch: seen.append(batch) or together(self, batch))
-    step = training.programs
+    together = programs.Rows.together
+    monkeypatch.setattr(programs.Rows, "together", lambda self, batch: seen.append(batch) or together(self, batch))
+    train_step = programs.train_step
 
-    def programs(*args):
-        made = step(*args)
+    def bad(*args):
+        state, values = train_step(*args)
+        return state, values | {"loss": jax.numpy.where(state.step == 5, jax.numpy.nan, values["loss"])}
 
-        def bad(plan):
-            run = made.step(plan)
-
-            def one(state, batch):
-                poisoned = int(state.step) == 4
-                state, values = run(state, batch)
-                return state, {**values, "loss": values["loss"] * np.nan} if poisoned else values
-
-            return one
-
-        return made._replace(step=bad)
-
-    monkeypatch.setattr(training, "programs", programs)
+    monkeypatch.setattr(programs, "train_step", bad)
     with pytest.raises(training.TrainingError, match=r"step 5: loss is nan.*refused/step_5\.process_0\.npz"):
         training.train(config, tmp_path, toy.Batches())
     kept = dict(np.load(tmp_path / "refused" / "step_5.process_0.npz"))
