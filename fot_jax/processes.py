@@ -37,6 +37,8 @@ _GRACE_S = 15.0
 # How long process 0, which has JAX's service, stays after a loss, so that the others hear of it from us; and how long
 # what is said last may take.
 _FAREWELL_S = 5.0
+# How long the news of a loss may take to come here, once its consequences have.
+_NEWS_S = 3.0
 _DAY_S = 24 * 3600.0
 # A host that lost power says nothing: the kernel asks it after so many seconds, so often, so many times.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
@@ -170,7 +172,7 @@ class Group:
         self.at = at or Place("", 1, 0)
         self._lines, self._hosts, self._epilogue = lines or {}, hosts or {}, epilogue
         self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in self._lines}
-        self._leaving, self._speaking = threading.Event(), threading.Lock()
+        self._leaving, self._lost, self._speaking = threading.Event(), threading.Event(), threading.Lock()
         # Of `stop`: the last step that the run goes on after, here; those of all, at process 0; the step it ends with.
         self.asked, self._passed, self._reports, self._last = "", 0, {}, 0
         self._stopping, self._decided, self._taken = threading.Lock(), threading.Event(), False
@@ -327,6 +329,9 @@ class Group:
         """Tells the others that this process is done, or why it ends; from then on it may lose them."""
         if not self._lines or self._leaving.is_set():
             return
+        # A collective that fails because another process was lost may be quicker than the news of it.
+        if error and self._lost.wait(_NEWS_S):
+            return
         self._leaving.set()
         self._tell_all({"ended": f"{self._named(self.at.process)} ended: {error}"} if error else {"done": True})
         if error:  # JAX would wait at its exit for processes that are gone, Orbax for their part of a checkpoint
@@ -356,6 +361,7 @@ class Group:
                     self._said[number].put(said)
         if self._leaving.is_set():
             return
+        self._lost.set()
         # JAX may abort the process at any moment for the same reason: first what matters most.
         (what,) = lost.values()
         _log.critical("%s; %s ends too", what, self._named(self.at.process))

@@ -383,14 +383,15 @@ def test_all_stop_with_the_same_step_whoever_is_asked(seed):
 
 
 def test_a_group_of_one_stops_after_the_step_under_way():
-    group = processes.Group()
+    group, before = processes.Group(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with group.signals():
         assert group.stop(7) == ""
         os.kill(os.getpid(), signal.SIGTERM)
         while not group.asked:
             time.sleep(0.001)
-        assert group.stop(8) == "SIGTERM" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert group.stop(8) == "SIGTERM"
+        assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]  # a second one is as without us
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def test_a_folder_that_is_not_shared_is_told(tmp_path):
