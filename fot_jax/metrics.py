@@ -90,6 +90,11 @@ class Metrics:
             self.bar.update(step - self.bar.n)
             self.bar.write(f"step {step}: {text}")
 
+    def copy(self) -> None:
+        """Where the working directory is at a URL, brings there what was written so far."""
+        if self.active:
+            self.mirror.try_copy()
+
     def close(self) -> None:
         """Flushes everything."""
         if self.active:

@@ -30,7 +30,8 @@ class Mirror:
     """
 
     def __init__(self, target: str | os.PathLike, every_s: float = 30.0):
-        self._target, self._copied, self._over = files.location(target), {}, threading.Event()
+        self._target, self._copied = files.location(target), {}
+        self._over, self._copying = threading.Event(), threading.Lock()
         if not files.store_of(target):
             self.local = pathlib.Path(self._target)
             self.local.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,10 @@ class Mirror:
 
     def copy(self) -> None:
         """Copies every file that changed since it was copied."""
+        with self._copying:
+            self._copy()
+
+    def _copy(self) -> None:
         for path in sorted(self.local.rglob("*")):
             stat = path.stat()
             stamp = stat.st_mtime_ns, stat.st_size
@@ -58,9 +63,12 @@ class Mirror:
 
     def _copy_often(self, every_s: float) -> None:
         while not self._over.wait(every_s):
-            self._try()
+            self.try_copy()
 
-    def _try(self) -> bool:
+    def try_copy(self) -> bool:
+        """`copy`, where there is a URL; whether it could be done. What could not is said."""
+        if not self._thread:
+            return True
         try:
             self.copy()
             return True
@@ -73,6 +81,6 @@ class Mirror:
         if self._thread:
             self._over.set()
             self._thread.join()
-            if self._try():
+            if self.try_copy():
                 with contextlib.suppress(OSError):
                     shutil.rmtree(self.local)

@@ -288,6 +288,7 @@ def train(
                     metrics.write(step, _validated(made, state.params, rows, held_out))
             if last or saved.should_save(step):
                 numbers.settle()  # before the save: a state that is not finite must not become a checkpoint
+                metrics.copy()  # as who resumes from it finds no other numbers of the steps before
                 rest = {"step": state.step, "opt_state": state.opt_state}
                 with stalls.at(f"the checkpoint of step {step}, or the one before"):
                     saved.save(step, state.params, rest, batches.get_state(), run)
