@@ -41,6 +41,7 @@ SMALL = ModelConfig(
     vocab_size=4096, d_model=256, d_ff=688, n_layers=6, n_heads=4, window=512, mem_layers=(2, 4), eos_id=None
 )
 LAST_CONTEXT = 16
+FAST_KEY = jax.random.key(0, impl="unsafe_rbg")  # weights by it are compiled in a third of the time
 
 
 def read_bandwidth(nbytes: int, repeats: int = 15) -> float:
@@ -85,9 +86,18 @@ def bytes_read(config: ModelConfig, params: Any, reader: Reader, reading: Readin
 
 
 def measure(
-    config: ModelConfig, params: Any, reading: Reading, prompt: int, capacity: int, new_tokens: int, rounds: int
+    config: ModelConfig,
+    params: Any,
+    reading: Reading,
+    prompt: int,
+    capacity: int,
+    new_tokens: int,
+    rounds: int,
+    trace: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """One case: prefill of a prompt, then decoding in turn with the bandwidth, so that a busy machine slows both."""
+    """One case: prefill of a prompt, then decoding in turn with the bandwidth, so that a busy machine slows both. With
+    `trace`, a folder, decoding once more is recorded there by JAX's profiler.
+    """
     tokens = np.random.default_rng(0).integers(3, config.vocab_size, (1, prompt), dtype=np.int32)
     read = functools.partial(
         prefill, config, params, tokens, LAST_CONTEXT, memory=reading.kind, k=reading.k, memory_capacity=capacity
@@ -110,6 +120,9 @@ def measure(
         start = time.perf_counter()
         out, reader = jax.block_until_ready(step(reader, max_new_tokens=new_tokens))
         seconds.append((time.perf_counter() - start) / new_tokens)
+    if trace:
+        with jax.profiler.trace(trace / f"{reading.kind}_{prompt}"):
+            jax.block_until_ready(step(reader, max_new_tokens=new_tokens))
     decode_ms, read_once_ms = (1e3 * float(np.median(x)) for x in (seconds, reads))
     return {
         "memory": reading.kind,
@@ -156,13 +169,14 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens decoded at a time")
     parser.add_argument("--rounds", type=int, default=7, help="times decoding is measured")
     parser.add_argument("--png", type=pathlib.Path, help="file for a plot")
+    parser.add_argument("--trace", type=pathlib.Path, help="folder for profiles of decoding, one for each case")
     args = parser.parse_args()
     keep_freed_memory()
     config = dataclasses.replace(SIZES[args.size] if args.size else SMALL, eos_id=None)
     config = dataclasses.replace(config, dtypes=DtypePolicy(*[args.dtype] * 3))
-    params = jax.block_until_ready(jax.jit(functools.partial(model.init_params, config))(jax.random.key(0)))
-    capacity = max(args.prompts) + (args.rounds + 2) * args.new_tokens
-    limits = dict(capacity=capacity, new_tokens=args.new_tokens, rounds=args.rounds)
+    params = jax.block_until_ready(jax.jit(functools.partial(model.init_params, config))(FAST_KEY))
+    capacity = max(args.prompts) + (args.rounds + 3) * args.new_tokens
+    limits = dict(capacity=capacity, new_tokens=args.new_tokens, rounds=args.rounds, trace=args.trace)
     measured = functools.partial(measure, config, params, **limits)
     cases = []
     for mode in args.modes:

@@ -187,7 +187,7 @@ def test_half_written_checkpoints_are_not_seen_and_are_removed(workdir):
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(tmp_path):
     toy = [sys.executable, str(pathlib.Path(__file__).parent / "toy.py"), str(tmp_path)]
     env = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
-    env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    env["XLA_FLAGS"], env["JAX_PLATFORMS"] = "--xla_backend_optimization_level=0", "cpu"  # it is about disks
     env["JAX_COMPILATION_CACHE_DIR"], env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(tmp_path / "cache"), "0"
     first = subprocess.run([*toy, "steps=2"], env=env, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr

@@ -48,10 +48,18 @@ def finish(*processes: subprocess.Popen) -> None:
             sys.exit(f"command failed with status {process.returncode}: {' '.join(process.args[1:])}")
 
 
+def platform() -> str:
+    """JAX's default platform, said by a process of its own: an accelerator is one process's at a time."""
+    code = "import jax; print(jax.default_backend())"
+    return subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 def side_by_side(commands: dict[str, tuple[str, ...]], out: pathlib.Path) -> None:
-    """One command a core, where there are enough: small models use one core much better than a share of several."""
+    """One command a core, where there are enough: small models use one core much better than a share of several. One
+    after another, with all cores, where there is an accelerator.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < len(commands):
+    if len(cores) < len(commands) or platform() != "cpu":
         for words in commands.values():
             finish(command(*words))
         return
