@@ -113,6 +113,8 @@ def main(argv: list[str]) -> int | None:
     facts = {"versions": packages, "workdir": str(workdir), "config": json.loads(json.dumps(config.to_dict()))}
 
     def kept() -> str:
+        if files.store_of(workdir):  # which takes too long to ask: there are milliseconds before JAX aborts
+            return f"The last whole checkpoint in {workdir} is kept; the same command for all processes resumes from it."
         found = checkpoint.steps(workdir)
         which = f"The checkpoint of step {found[-1]} is whole" if found else "There is no checkpoint yet"
         return f"{which}; the same command for all processes resumes."

@@ -123,7 +123,8 @@ def together(
     Args:
         facts: JSON-able; what has to be the same everywhere, by name.
         timeout_s: how long to wait for the others.
-        epilogue: what to say last when a process was lost: what is kept, and how to go on.
+        epilogue: what to say last when a process was lost: what is kept, and how to go on. It must be quick: JAX
+            aborts who loses process 0 within a tenth of a second.
 
     Raises:
         ProcessError: processes that did not come, or say something else; every process that came raises it.
@@ -369,7 +370,7 @@ class Group:
             self._tell_all(lost)
         # Who is told of an error may be raising the same, which says more.
         _exit_after(_GRACE_S if "ended" in lost else _FAREWELL_S)
-        with contextlib.suppress(Exception):  # a store may be out of reach
+        with contextlib.suppress(Exception):  # the folder may be out of reach
             _log.critical("%s", self._epilogue())
         sys.stderr.flush()
         if "gone" in lost and self.at.process:

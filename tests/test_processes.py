@@ -197,7 +197,10 @@ def killed(start, workdir, which, ready, rows_at=None):
     assert f"process {which} on" in errors and "is gone, without a word" in errors
     started[which].communicate()
     saved = checkpoint.steps(workdir)
-    assert (f"checkpoint of step {saved[-1]} is whole" if saved else "There is no checkpoint") in errors
+    if files.store_of(workdir):
+        assert f"The last whole checkpoint in {workdir} is kept" in errors
+    else:
+        assert (f"checkpoint of step {saved[-1]} is whole" if saved else "There is no checkpoint") in errors
     return rows(rows_at or workdir, 2)[: saved[-1] if saved else 0]
 
 
