@@ -248,7 +248,7 @@ class Group:
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """Takes SIGTERM and SIGINT inside: the first that this process gets asks the run to end, see `stop`; the next
-        is as without us. (JAX's preemption service would do for SIGTERM, but for runs that resume: it counts steps
+        is as without us. One that is ignored (SIGINT, of what a shell starts behind it) stays so. (JAX's preemption service would do for SIGTERM, but for runs that resume: it counts steps
         from 0, and Orbax counts along.)
         """
         if self._taken:
@@ -262,7 +262,10 @@ class Group:
             threading.Thread(target=self._ask, args=(name,), name="stop", daemon=True).start()
 
         self._taken = True
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, note)
         try:
             yield
         finally:

@@ -397,6 +397,15 @@ def test_a_group_of_one_stops_after_the_step_under_way():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with processes.Group().signals():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_folder_that_is_not_shared_is_told(tmp_path):
     assert in_company(3, lambda group: group.check_shared(tmp_path / "run")) == [None] * 3
     assert list((tmp_path / "run").iterdir()) == []
