@@ -120,7 +120,7 @@ def store(request):
     return request.getfixturevalue(request.param)
 
 
-OPTIONS = dict(export__every=8, model__n_kv_heads=4)
+OPTIONS = dict(export__every=8, model__n_kv_heads=4, checkpoint__keep_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +141,16 @@ def test_a_run_in_an_object_store(store, whole, tmp_path):
     assert checkpoint.steps(url) == [2]
     shutil.rmtree(tmp_path / "disk", ignore_errors=True)  # another machine goes on
 
-    # An upload that is refused: the step before is whole, and named.
-    proxy.refused = re.compile(r"checkpoints(/|%2[fF])6(/|%2[fF])params")
-    with pytest.raises(checkpoint.CheckpointError, match=rf"saving step 6 to {url}.*checkpoint of step 4 is whole"):
-        training.train(toy.config(**OPTIONS), url, toy.Batches())
-    assert checkpoint.steps(url) == [2, 4]
+    # An upload that is refused, of arrays or of what makes a checkpoint complete: the step before is whole, and named.
+    for refused in ("params", staging.COMMITTED):
+        proxy.refused = re.compile(rf"checkpoints(/|%2[fF])6(/|%2[fF]){refused}")
+        with pytest.raises(checkpoint.CheckpointError, match=rf"saving step 6 to {url}.*checkpoint of step 4 is whole"):
+            training.train(toy.config(**OPTIONS), url, toy.Batches())
+        assert checkpoint.steps(url) == [2, 4]
     proxy.refused = None
     state = jax.device_get(training.train(toy.config(**OPTIONS), url, toy.Batches()))
     jax.tree.map(np.testing.assert_array_equal, state, whole)
-    assert checkpoint.steps(url) == [6, 8]
+    assert checkpoint.steps(url) == [4, 6, 8]
 
     metrics = [json.loads(line) for line in (there / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == list(range(1, 9))
@@ -160,3 +161,8 @@ def test_a_run_in_an_object_store(store, whole, tmp_path):
     staging.download(there / "exports" / "8", tmp_path / "exported")
     embedding = formats.open_checkpoint(tmp_path / "exported").tensors["model.embed_tokens.weight"].read()
     np.testing.assert_array_equal(embedding, whole.params["embed"]["embedding"])
+
+    # Another machine, which has seen none of the milestones, keeps them.
+    shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+    training.train(toy.config(**OPTIONS, steps=12), url, toy.Batches())
+    assert checkpoint.steps(url) == [4, 8, 10, 12]

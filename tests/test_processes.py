@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -258,6 +259,21 @@ def test_a_run_of_two_processes_in_an_object_store(start, whole, store, tmp_path
     assert seen + rows(at, 1) == whole[1]
     assert_same_outcome(url, whole[0])
     assert (files.location(url) / "tokenizer.model").exists()
+
+
+@pytest.mark.slow
+def test_an_upload_of_two_processes_that_is_refused(start, whole, store, tmp_path):
+    (url, proxy), at = store, tmp_path / "run"
+    proxy.refused = re.compile(r"checkpoints(/|%2[fF])10(/|%2[fF])params")
+    started = start(url, 2, rows_at=at)
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [1, 1], errors
+    assert any(f"saving step 10 to {url}" in text for text in errors), errors
+    assert checkpoint.steps(url) == [5]
+    proxy.refused, seen = None, rows(at, 2)[:5]
+    finish(start(url, 1, rows_at=at))
+    assert seen + rows(at, 1) == whole[1]
+    assert_same_outcome(url, whole[0])
 
 
 @pytest.mark.slow
