@@ -22,6 +22,8 @@ import json
 import logging
 import os
 import pathlib
+import platform
+import sys
 
 import jax
 from absl import app, flags
@@ -30,7 +32,7 @@ from ml_collections import ConfigDict, config_flags
 
 from fot_jax import checkpoint, data, files, processes, programs, run_config, staging, training, watching
 from fot_jax.hardware import hardware
-from fot_jax.host import keep_freed_memory, one_line, versions
+from fot_jax.host import keep_freed_memory, one_line, source, versions
 from fot_jax.tokenizer import Tokenizer, check_vocab
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -106,25 +108,32 @@ def main(argv: list[str]) -> int | None:
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is not set; wanted a folder")
     config, workdir = _CONFIG.value, files.location(_WORKDIR.value)
-    profile = watching.steps_of_profile(_PROFILE.value)
+    profile = watching.steps_of_profile(_PROFILE.value, config.steps)
     if files.store_of(workdir) and not config.data.prepared:
         raise ValueError(f"workdir is {workdir}; wanted config key data.prepared too, a folder for tokenised documents")
     packages = versions("fot-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
+    packages |= {"python": platform.python_version(), "source": source()}
     facts = {"versions": packages, "workdir": str(workdir), "config": json.loads(json.dumps(config.to_dict()))}
 
     def kept() -> str:
         if files.store_of(workdir):  # which takes too long to ask: there are milliseconds before JAX aborts
-            return f"The last whole checkpoint in {workdir} is kept; the same command for all processes resumes from it."
+            return (
+                f"The last whole checkpoint in {workdir} is kept; the same command for all processes resumes from it."
+            )
         found = checkpoint.steps(workdir)
         which = f"The checkpoint of step {found[-1]} is whole" if found else "There is no checkpoint yet"
         return f"{which}; the same command for all processes resumes."
 
     try:
-        at = processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        with processes.together(at, facts, timeout_s=_TIMEOUT.value, epilogue=kept) as group:
+        at = processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
+        ends = dict(timeout_s=_TIMEOUT.value, epilogue=kept, stopped_status=_STOPPED.value)
+        with processes.together(at, facts, **ends) as group:
             done = run(config, workdir, group, profile)
     except processes.ProcessError as error:
         raise SystemExit(f"train.py: {error}") from error
+    except training.TrainingError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return error.status
     return 0 if done else _STOPPED.value
 
 
@@ -137,7 +146,7 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
     keep_freed_memory()
     absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
     log = logging.getLogger("fot_jax")
-    log.setLevel(logging.INFO if group.at.process == 0 else logging.WARNING)
+    log.setLevel(logging.INFO if group.at.process == 0 else logging.ERROR)
 
     # 1. Everything that can be wrong with the configuration, before any long work.
     group.check_shared(workdir)
@@ -176,6 +185,8 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
 
     # 3. Parameters, optimizer and data position: from the latest checkpoint in the working directory; else parameters
     #    from init_from; else initial ones. Then steps until config.steps, or SIGTERM.
+    if group.at.process:  # whose steps stall, only they can say
+        log.setLevel(logging.WARNING)
     state = training.train(config, workdir, batches, validation, profile, group)
     return int(state.step) >= config.steps
 

@@ -19,15 +19,19 @@ copied, in the same order.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -43,6 +47,8 @@ from fot_jax.config import DtypePolicy, ModelConfig
 PyTree = Any
 _JSON_PARTS = ("data", "run")
 _CHUNK_BYTES = 64 * 2**20  # of an array; what is read or written at a time
+_LOOK_S = 0.1  # how often is looked whether a save has failed
+_GRACE_S = 5.0  # how long Orbax may take to give up a save, once a thread of its own has failed
 
 
 class CheckpointError(RuntimeError):
@@ -176,6 +182,35 @@ class _Kept:
         return [c.step in kept for c in checkpoints]
 
 
+class _Failures(logging.Handler):
+    """What the threads of Orbax say of themselves. When one of them fails, a save of several processes is over, but all
+    others wait for it until Orbax's own time is up, which are many minutes.
+
+    Attributes:
+        first: the first error of the save under way.
+    """
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.first: BaseException | None = None
+        self.told = 0.0
+        logging.getLogger("absl").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and self.first is None and "orbax" in pathlib.PurePath(record.pathname).parts:
+            self.first, self.told = record.exc_info[1], time.monotonic()
+
+    def close(self) -> None:
+        logging.getLogger("absl").removeHandler(self)
+        super().close()
+
+
+def _everywhere(what: str) -> None:
+    """Waits for all processes to come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 class Checkpoints:
     """The checkpoints of the one process group that trains in a working directory.
 
@@ -186,6 +221,8 @@ class Checkpoints:
         keep_last: how many of the newest are kept.
         keep_every: steps that are multiples of this are kept for good; 0 for none.
         exported_every: of steps that are multiples of this the newest two are kept, for who reads them; 0 for none.
+        barrier: waits for all processes, if not the devices are to: process 0 may have a checkpoint to fetch before it
+            is there, which can take longer than devices wait for one another.
 
     Attributes:
         directory: where they are.
@@ -203,6 +240,7 @@ class Checkpoints:
         keep_last: int,
         keep_every: int = 0,
         exported_every: int = 0,
+        barrier: Callable[[], None] | None = None,
     ):
         workdir = files.location(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
@@ -218,14 +256,18 @@ class Checkpoints:
                 _remove_incomplete(self._staged, steps(workdir))
                 for step in steps(workdir)[-1:]:  # before Orbax looks there, which counts what it has seen
                     _fetched(self.directory / str(step))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{self.directory} is as it was left")
+        if barrier:
+            barrier()
+        else:
+            _everywhere(f"{self.directory} is as it was left")
         self._orbax = ocp.training.Checkpointer(
             self._staged or self.directory,
             preservation_policy=self._kept,
             context=_context(),
         )
-        self._pending: tuple[int, Any] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._failures = _Failures()
+        self._pending: tuple[int, concurrent.futures.Future] | None = None
         self._broken = False
         self._completed: list[int] = []
 
@@ -254,39 +296,40 @@ class Checkpoints:
             "data": data,
             "run": {**run, "checksums": _checksums(params=params, optimizer=flat), "data_hash": _hash(data)},
         }
+        self._failures.first = None
         try:
             saving = self._orbax.save_checkpointables_async(step, parts, force=True)
-            if self._staged and jax.process_index() == 0:
-                saving = staging.Copy(
-                    saving, pathlib.Path(self._staged / str(step)), self.directory / str(step), self._kept.of
-                )
-            self._pending = (step, saving)
         except Exception as error:
             raise self._failed(step, error) from error
+        finish = saving.result
+        if self._staged and jax.process_index() == 0:
+            there = self.directory / str(step)
+            finish = functools.partial(
+                staging.copied, saving, pathlib.Path(self._staged / str(step)), there, self._kept.of
+            )
+        self._pending = step, self._thread.submit(finish)
+
+    def under_way(self) -> bool:
+        """Whether a save is under way that may still be completed."""
+        return self._pending is not None and not self._pending[1].done() and self._failures.first is None
 
     def poll(self) -> None:
-        """Raises CheckpointError if the save under way has failed; never waits."""
-        if self._pending:
-            step, response = self._pending
-            try:
-                response.result(timeout=0)
-                self._pending = None
-                self._completed.append(step)
-            except TimeoutError:
-                pass
-            except Exception as error:
-                raise self._failed(step, error) from error
+        """Raises CheckpointError if the save under way has failed; never waits for one that has not."""
+        if self._pending and not self.under_way():
+            self.wait()
 
     def wait(self) -> None:
         """Waits for the save under way. Raises CheckpointError if it failed."""
-        if self._pending:
-            step, response = self._pending
-            try:
-                response.result()
-                self._pending = None
-                self._completed.append(step)
-            except Exception as error:
-                raise self._failed(step, error) from error
+        if self._pending is None:
+            return
+        step, saving = self._pending
+        while not saving.done() and not (self._failures.first and time.monotonic() > self._failures.told + _GRACE_S):
+            concurrent.futures.wait([saving], timeout=_LOOK_S)
+        error = saving.exception() if saving.done() else self._failures.first
+        if error:
+            raise self._failed(step, error) from error
+        self._pending = None
+        self._completed.append(step)
 
     def completed(self) -> list[int]:
         """Steps whose checkpoints were completed since this was last asked."""
@@ -300,8 +343,10 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception if self._broken else ()):  # Orbax tells of the failed save once more
                 self._orbax.close()
+            self._thread.shutdown(wait=not self._broken)
+            self._failures.close()
 
-    def _failed(self, step: int, error: Exception) -> CheckpointError:
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
         self._pending, self._broken = None, True
         if jax.process_index() == 0:
             for half in (self._staged or self.directory).glob(f"{step}.orbax-checkpoint-tmp*"):
@@ -325,7 +370,7 @@ def _staged(workdir: str | os.PathLike) -> pathlib.Path:
 def _remove_incomplete(directory: files.Location, complete: list[int]) -> None:
     """Removes what a killed run left of checkpoints."""
     for entry in directory.iterdir() if directory.is_dir() else ():
-        step = entry.name.partition(".")[0]
+        step = entry.name.removeprefix(".").partition(".")[0]  # with a dot: of a copy from a URL
         if step.isdecimal() and (entry.name != step or int(step) not in complete):
             entry.rmtree(missing_ok=True)
 
@@ -381,8 +426,7 @@ def restore(
         there, path = path, _staged(workdir) / path.name
         if jax.process_index() == 0:
             _fetched(there)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{there} is on the disk")
+        _everywhere(f"{there} is on the disk")
     flat = named_leaves(optimizer)
     loaded = _load(path, {"params": params, "optimizer": flat, "data": None, "run": None})
     _check_checksums(path, loaded["run"], params=loaded["params"], optimizer=loaded["optimizer"])

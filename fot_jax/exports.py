@@ -40,6 +40,10 @@ class Exports:
         self._thread: threading.Thread | None = None
         self._command: subprocess.Popen | None = None
         self._stopped = False
+        folder = self._workdir / "exports"
+        for left in folder.iterdir() if every and folder.is_dir() else ():
+            if left.name.startswith(".") and ".partial-" in left.name:  # of a run that was killed
+                left.rmtree(missing_ok=True)
         for step in checkpoint.steps(workdir) if every else ():
             self._saved(step)
 

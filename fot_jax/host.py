@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
 import importlib.metadata
 import logging
+import pathlib
 
 
 def printable(value: object) -> str:
@@ -39,6 +41,14 @@ def versions(*packages: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def source() -> str:
+    """A hash of this package's modules, as two checkouts may have one version."""
+    root, found = pathlib.Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=256)

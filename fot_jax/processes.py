@@ -40,6 +40,8 @@ _FAREWELL_S = 5.0
 # How long the news of a loss may take to come here, once its consequences have.
 _NEWS_S = 3.0
 _DAY_S = 24 * 3600.0
+# How long who ends because of an error stays for a checkpoint that is being written.
+_SAVE_S = 1800.0
 # A host that lost power says nothing: the kernel asks it after so many seconds, so often, so many times.
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
 
@@ -64,37 +66,57 @@ class Place(NamedTuple):
     local_devices: tuple[int, ...] | None = None
 
 
-def place(coordinator: str = "", processes: int | None = None, process: int | None = None) -> Place | None:
+def place(
+    coordinator: str = "", processes: int | None = None, process: int | None = None, timeout_s: float = 300.0
+) -> Place | None:
     """Where this process is: as stated, or else as TPU pods, SLURM, Open MPI and Kubernetes say, by JAX's own finding.
 
     Args:
-        coordinator: HOST:PORT of process 0; by default the environment variable JAX_COORDINATOR_ADDRESS.
+        coordinator: HOST:PORT of process 0; by default the environment variable JAX_COORDINATOR_ADDRESS. With it alone,
+            the numbers are those of MPI's launchers.
         processes: how many there are; 1 alone says that there are no others, whatever the surroundings say.
         process: this one's number.
+        timeout_s: how long process 0's host may take to be found, where its name comes from the surroundings.
 
     Returns:
         None where there are no others.
 
     Raises:
-        ValueError: a part is stated and not the rest, or numbers that do not fit.
+        ValueError: a part is stated and not the rest, or numbers that do not fit; or there are others, and nobody says
+            where.
+        ProcessError: the surroundings cannot be asked.
     """
     if processes == 1:
         return None
     coordinator, devices = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", ""), None
+    launched = _launched()
+    if coordinator and launched and processes is None and process is None:
+        processes, process = launched
     if processes is None and process is None:
         # The part of JAX that asks clusters is not public; nothing else says it before JAX starts.
         from jax._src import clusters
 
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator_address=coordinator or None,
-            num_processes=None,
-            process_id=None,
-            local_device_ids=None,
-            cluster_detection_method=None,
-            initialization_timeout=300,
-        )
+        try:
+            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                coordinator_address=coordinator or None,
+                num_processes=None,
+                process_id=None,
+                local_device_ids=None,
+                cluster_detection_method=None,
+                initialization_timeout=max(10, int(timeout_s)),
+            )
+        except (RuntimeError, OSError) as error:
+            raise ProcessError(f"the other processes cannot be found: {error}") from error
         coordinator, processes, process, devices = found
-        if not coordinator or processes == 1:
+        if processes == 1:
+            return None
+        if not coordinator and launched:
+            which = f"{launched[1]} of {launched[0]}" if launched[0] else str(launched[1])
+            raise ValueError(
+                f"this is process {which}, as its launcher says, but not where process 0 is; wanted coordinator, "
+                "HOST:PORT, or processes 1 where each is to run for itself"
+            )
+        if not coordinator:
             return None
     if not coordinator or processes is None or process is None:
         raise ValueError(
@@ -109,32 +131,51 @@ def place(coordinator: str = "", processes: int | None = None, process: int | No
     return Place(coordinator, int(processes), int(process), None if devices is None else tuple(devices))
 
 
+def _launched() -> tuple[int | None, int] | None:
+    """How many processes a launcher started that JAX may not know, and which this is; None where it is alone."""
+    number = lambda name: int(text) if (text := os.environ.get(name, "")).isdecimal() else None
+    for launcher in ("OMPI_COMM_WORLD", "PMI"):  # Open MPI; MPICH, Intel's
+        count, mine = number(f"{launcher}_SIZE"), number(f"{launcher}_RANK")
+        if count is not None and mine is not None and count > 1:
+            return count, mine
+    mine = number("JOB_COMPLETION_INDEX")  # of an indexed job of Kubernetes, which does not say how many there are
+    return (None, mine) if mine else None
+
+
 @contextlib.contextmanager
 def together(
-    at: Place | None, facts: dict[str, Any], *, timeout_s: float = 300.0, epilogue: Callable[[], str] = str
+    at: Place | None,
+    facts: dict[str, Any],
+    *,
+    timeout_s: float = 300.0,
+    epilogue: Callable[[], str] = str,
+    stopped_status: int = 0,
 ) -> Iterator[Group]:
     """Waits for all processes of a run, compares what they say, starts JAX's own service among them, and watches them.
 
     To be entered before anything that asks JAX for devices. As soon as another process is lost, this one says so and
-    ends with status 1, wherever it is: a collective that waits for a dead process cannot be interrupted. What leaves
-    the block as an exception is told to the others, who end as well. Who is through waits at its end for the others.
-    Without others it does nothing.
+    ends with status 1, wherever it is: a collective that waits for a dead process cannot be interrupted. An exception
+    that leaves the block is told to the others, which end as well; at the end of the block all wait for one another.
+    Signals are taken inside, see `Group.signals`.
 
     Args:
         facts: JSON-able; what has to be the same everywhere, by name.
         timeout_s: how long to wait for the others.
         epilogue: what to say last when a process was lost: what is kept, and how to go on. It must be quick: JAX
             aborts who loses process 0 within a tenth of a second.
+        stopped_status: with which a signal before the first step ends all of them.
 
     Raises:
         ProcessError: processes that did not come, or say something else; every process that came raises it.
     """
     if at is None:
-        yield Group()
+        group = Group(stopped_status=stopped_status)
+        with group.signals():
+            yield group
         return
     deadline = time.monotonic() + timeout_s
     lines, hosts = (_gathered if at.process == 0 else _joined)(at, deadline)
-    group = Group(at, lines, hosts, epilogue)
+    group = Group(at, lines, hosts, epilogue, stopped_status)
     try:
         group.agree(facts, timeout_s)
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, see `Group.signals`
@@ -148,7 +189,7 @@ def together(
         )
         with group.signals():
             yield group
-            group.agree({}, _DAY_S)  # process 0 may still be writing, and JAX waits for minutes only
+            group.wait()  # process 0 may still be writing, and JAX waits for minutes only
     except BaseException as error:
         group.leave(files.first_line(error))
         raise
@@ -161,6 +202,8 @@ class Group:
     Attributes:
         at: this process.
         asked: the signal because of which the run is to end; "" for none.
+        saving: whether a checkpoint is being written that may still be completed; who ends because of an error, its own
+            or another's, stays until it is.
     """
 
     def __init__(
@@ -169,8 +212,10 @@ class Group:
         lines: dict[int, socket.socket] | None = None,
         hosts: dict[int, str] | None = None,
         epilogue: Callable[[], str] = str,
+        stopped_status: int | None = None,
     ):
-        self.at = at or Place("", 1, 0)
+        self.at, self.saving = at or Place("", 1, 0), bool
+        self._stopped_status, self._begun = stopped_status or 0, stopped_status is None
         self._lines, self._hosts, self._epilogue = lines or {}, hosts or {}, epilogue
         self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in self._lines}
         self._leaving, self._lost, self._speaking = threading.Event(), threading.Event(), threading.Lock()
@@ -210,6 +255,10 @@ class Group:
         if answer:
             raise ProcessError(answer)
 
+    def wait(self) -> None:
+        """Waits for every process to come here, for as long as it takes. Needs no device."""
+        self.agree({}, _DAY_S)
+
     def check_shared(self, folder: str | os.PathLike, timeout_s: float = 60.0) -> None:
         """Checks that a folder is the same one for all processes: that they see what process 0 writes there.
 
@@ -248,8 +297,11 @@ class Group:
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
         """Takes SIGTERM and SIGINT inside: the first that this process gets asks the run to end, see `stop`; the next
-        is as without us. One that is ignored (SIGINT, of what a shell starts behind it) stays so. (JAX's preemption service would do for SIGTERM, but for runs that resume: it counts steps
-        from 0, and Orbax counts along.)
+        is as without us. Before the first step of what `together` has started there is nothing to save, and all
+        processes end at once. A signal that is ignored (SIGINT, in what a shell starts in the background) stays so.
+
+        (JAX's preemption service would do for SIGTERM, but for runs that resume: it counts steps from 0, and Orbax
+        counts along.)
         """
         if self._taken:
             yield
@@ -259,7 +311,8 @@ class Group:
             signal.signal(number, before[number])
             # In a thread: this one may hold a lock.
             name = signal.Signals(number).name
-            threading.Thread(target=self._ask, args=(name,), name="stop", daemon=True).start()
+            act = self._ask if self._begun else self._end_unbegun
+            threading.Thread(target=act, args=(name,), name="stop", daemon=True).start()
 
         self._taken = True
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -282,12 +335,22 @@ class Group:
         Returns:
             The signal because of which it ends, or "".
         """
+        self._begun = True
         with self._stopping:
             if not self.asked:
                 self._passed = step
                 return ""
         self._decided.wait()
         return self.asked if step >= self._last else ""
+
+    def _end_unbegun(self, name: str) -> None:
+        """Ends all processes before the first step."""
+        self._leaving.set()
+        what = f"{self._named(self.at.process)} was stopped by {name} before the first step of this run"
+        _log.warning("%s; the same command begins again", what)
+        self._tell_all({"ended": what, "stopped": True})
+        sys.stderr.flush()
+        os._exit(self._stopped_status)
 
     def _ask(self, name: str) -> None:
         if self.at.process:
@@ -339,10 +402,22 @@ class Group:
         self._leaving.set()
         self._tell_all({"ended": f"{self._named(self.at.process)} ended: {error}"} if error else {"done": True})
         if error:  # JAX would wait at its exit for processes that are gone, Orbax for their part of a checkpoint
-            _exit_after(_GRACE_S)
+            self._exit_after(_GRACE_S, _SAVE_S)
+
+    def _exit_after(self, seconds: float, saving_s: float = 0.0) -> None:
+        """Ends the process in a while, whatever it waits for; a save that is under way may take `saving_s`."""
+
+        def end() -> None:
+            deadline = time.monotonic() + saving_s
+            time.sleep(seconds)
+            while self.saving() and time.monotonic() < deadline:
+                time.sleep(_RETRY_S)
+            os._exit(1)
+
+        threading.Thread(target=end, name="exit", daemon=True).start()
 
     def _named(self, number: int) -> str:
-        return f"process {number} on {self._hosts[number]}"
+        return f"process {number} on {self._hosts.get(number) or socket.gethostname()}"
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         with self._speaking:
@@ -352,7 +427,7 @@ class Group:
 
     def _listen(self, number: int) -> None:
         """Takes what a process says, until it is done, or lost."""
-        lost: dict[str, Any] = {"gone": f"{self._named(number)} is gone, without a word"}
+        lost: dict[str, Any] = {"gone": f"{self._named(number)} is gone, without a word"}  # "gone" or "ended": why
         with contextlib.suppress(OSError, ValueError):
             for line in self._lines[number].makefile("r", encoding="utf-8"):
                 said = json.loads(line)
@@ -367,24 +442,19 @@ class Group:
             return
         self._lost.set()
         # JAX may abort the process at any moment for the same reason: first what matters most.
-        (what,) = lost.values()
-        _log.critical("%s; %s ends too", what, self._named(self.at.process))
+        _log.critical("%s; %s ends too", lost.get("gone") or lost["ended"], self._named(self.at.process))
         if self.at.process == 0:
             self._tell_all(lost)
+        if "stopped" in lost:
+            sys.stderr.flush()
+            os._exit(self._stopped_status)
         # Who is told of an error may be raising the same, which says more.
-        _exit_after(_GRACE_S if "ended" in lost else _FAREWELL_S)
+        self._exit_after(*((_GRACE_S, _SAVE_S) if "ended" in lost else (_FAREWELL_S,)))
         with contextlib.suppress(Exception):  # the folder may be out of reach
             _log.critical("%s", self._epilogue())
         sys.stderr.flush()
         if "gone" in lost and self.at.process:
             os._exit(1)
-
-
-def _exit_after(seconds: float) -> None:
-    """Ends the process in a while, whatever it waits for."""
-    timer = threading.Timer(seconds, os._exit, (1,))
-    timer.daemon = True
-    timer.start()
 
 
 def _tell(line: socket.socket, message: dict[str, Any]) -> None:
@@ -445,19 +515,23 @@ def _gathered(at: Place, deadline: float) -> tuple[dict[int, socket.socket], dic
 def _joined(at: Place, deadline: float) -> tuple[dict[int, socket.socket], dict[int, str]]:
     """Another process: comes to process 0, and waits until all have. Its connection, and both hosts."""
     host, _, port = at.coordinator.rpartition(":")
-    mine = socket.gethostname()
+    mine, timeout_s, why = socket.gethostname(), deadline - time.monotonic(), ""
     while (left := deadline - time.monotonic()) > 0:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            line = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
-            line.settimeout(left + _GRACE_S)  # process 0 may have begun to wait later
+        try:
+            line = _kept_alive(socket.create_connection((host.strip("[]"), int(port)), timeout=left))
             _tell(line, {"process": at.process, "host": mine})
+            line.settimeout(left + timeout_s + _GRACE_S)  # process 0 may have begun to wait just now
             answer = _read_line(line)
             if answer["answer"]:
                 raise ProcessError(answer["answer"])
-            return {0: _kept_alive(line)}, {0: answer["host"], at.process: mine}
+            line.settimeout(None)
+            return {0: line}, {0: answer["host"], at.process: mine}
+        except (OSError, ValueError, KeyError) as error:
+            why = str(error)
         time.sleep(_RETRY_S)
     raise ProcessError(
-        f"process 0 of {at.processes} did not come to {at.coordinator}; process {at.process} on {mine} waited for it"
+        f"process 0 of {at.processes} did not come to {at.coordinator} ({why}); process {at.process} on {mine} waited "
+        "for it"
     )
 
 

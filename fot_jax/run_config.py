@@ -168,15 +168,15 @@ def check_config(config: ConfigDict) -> None:
     least = dict.fromkeys(("steps", "log_every", "batch.rows", "batch.accumulate", "validation.batches"), 1)
     least |= dict.fromkeys(("checkpoint.every", "checkpoint.keep_last"), 1)
     least |= dict.fromkeys(("seed", "data.seed", "loss_chunk", "optimizer.clip_norm"), 0)
-    least |= dict.fromkeys(("validation.every", "export.every", "stall.factor"), 0)
+    least |= dict.fromkeys(("validation.every", "export.every", "stall.factor", "checkpoint.keep_every"), 0)
     for key, lowest in least.items():
         if (value := _get(config, key)) < lowest:
             raise ValueError(f"config key {key} is {value}; wanted at least {lowest}")
-    if config.export.every % config.checkpoint.every:
-        raise ValueError(
-            f"config key export.every is {config.export.every}; wanted a multiple of checkpoint.every, "
-            f"{config.checkpoint.every}"
-        )
+    for key in ("export.every", "checkpoint.keep_every"):
+        if (value := _get(config, key)) % config.checkpoint.every:
+            raise ValueError(
+                f"config key {key} is {value}; wanted a multiple of checkpoint.every, {config.checkpoint.every}"
+            )
     if config.stall.seconds <= 0:
         raise ValueError(f"config key stall.seconds is {config.stall.seconds}; wanted more than 0")
     if config.wandb and importlib.util.find_spec("wandb") is None:

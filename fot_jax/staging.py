@@ -19,6 +19,7 @@ from fot_jax import files
 
 COMMITTED = "commit_success.txt"
 _FOLDER = "FOT_JAX_STAGING"
+_TRANSFERS = 8  # files at a time
 
 
 def folder(workdir: str | os.PathLike) -> pathlib.Path:
@@ -34,8 +35,8 @@ def upload(step: pathlib.Path, there: files.Location) -> None:
     store, path = fsspec.core.url_to_fs(os.fspath(there))
     if store.exists(path):
         remove(there)
-    for file in sorted(p for p in step.rglob("*") if p.is_file() and p != step / COMMITTED):
-        store.put_file(str(file), f"{path}/{file.relative_to(step).as_posix()}")
+    found = sorted(p for p in step.rglob("*") if p.is_file() and p != step / COMMITTED)
+    _at_once(lambda file: store.put_file(str(file), f"{path}/{file.relative_to(step).as_posix()}"), found)
     store.pipe_file(f"{path}/{COMMITTED}", b"")
 
 
@@ -51,37 +52,44 @@ def download(there: files.Location, step: pathlib.Path, without: Sequence[str] =
     """Copies a checkpoint from a URL, in place of what is there, but its parts `without`."""
     store, path = fsspec.core.url_to_fs(os.fspath(there))
     partial = step.with_name(f".{step.name}.partial-{os.getpid()}")
-    for name in store.find(path):
+
+    def fetch(name: str) -> None:
         inner = name.removeprefix(path.rstrip("/") + "/")
-        if inner == COMMITTED or inner.partition("/")[0] in without:
-            continue
-        (partial / inner).parent.mkdir(parents=True, exist_ok=True)
-        store.get_file(name, str(partial / inner))
-    shutil.rmtree(step, ignore_errors=True)
-    partial.rename(step)
+        if inner != COMMITTED and inner.partition("/")[0] not in without:
+            (partial / inner).parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(name, str(partial / inner))
+
+    try:
+        _at_once(fetch, store.find(path))
+        shutil.rmtree(step, ignore_errors=True)
+        partial.rename(step)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-class Copy:
-    """A save under way, and the copy of it that follows; what Orbax gives of the save alone, it gives of both."""
+def _at_once(transfer: Callable[[Any], None], names: Collection[Any]) -> None:
+    """Some files at a time; the first error, when all that were begun are through."""
+    with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
+        under_way = [pool.submit(transfer, name) for name in names]
+        try:
+            for one in under_way:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
-    _threads = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="upload")
 
-    def __init__(
-        self, saving: Any, step: pathlib.Path, there: files.Location, kept: Callable[[list[int]], Collection[int]]
-    ):
-        """Args: saving: what Orbax gives; step, there: from where and to where; kept: of all steps, which to keep."""
-        self._copied = self._threads.submit(self._copy, saving, step, there, kept)
+def copied(
+    saving: Any, step: pathlib.Path, there: files.Location, kept: Callable[[list[int]], Collection[int]]
+) -> None:
+    """Waits for a save to the disk, and copies it to a URL, where older checkpoints are removed.
 
-    @staticmethod
-    def _copy(
-        saving: Any, step: pathlib.Path, there: files.Location, kept: Callable[[list[int]], Collection[int]]
-    ) -> None:
-        saving.result()
-        upload(step, there)
-        found = {int(entry.name): entry for entry in there.parent.iterdir() if entry.name.isdecimal()}
-        for number in sorted(set(found) - set(kept(list(found)))):
-            remove(found[number])
-
-    def result(self, timeout: float | None = None) -> None:
-        """Waits for both; TimeoutError where they are not through in time, or what either of them raised."""
-        self._copied.result(timeout)
+    Args:
+        saving: what Orbax gives of the save.
+        step, there: from where and to where.
+        kept: of all steps, which to keep.
+    """
+    saving.result()
+    upload(step, there)
+    found = {int(entry.name): entry for entry in there.parent.iterdir() if entry.name.isdecimal()}
+    for number in sorted(set(found) - set(kept(list(found)))):
+        remove(found[number])

@@ -33,7 +33,14 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and says what is kept."""
+    """Training cannot go on, and the same command would end in the same way: numbers that are not finite, data that
+    ended. The message names the step and says what is kept.
+
+    Attributes:
+        status: exit status of a command that ends with it, for schedulers that start others again.
+    """
+
+    status = 3
 
 
 def check(config: ConfigDict, workdir: str | os.PathLike) -> tuple[ModelConfig, jax.sharding.Mesh]:
@@ -233,7 +240,9 @@ def train(
             keep_last=c.keep_last,
             keep_every=c.keep_every,
             exported_every=config.export.every,
+            barrier=group.wait,
         )
+        group.saving = saved.under_way
         made, rows = programs.build(config, model_config, mesh), programs.Rows(config, mesh)
         state, run = _starting_state(config, model_config, workdir, made, batches)
         step = first = int(state.step)
@@ -261,6 +270,8 @@ def train(
         shards = sharding.ways("batch")
         if step:
             _log.info("resuming from step %d in %s", step, workdir)
+        if profile and profile[1] <= step:
+            _log.warning("steps %d to %d, which a profile was to be of, are done", *profile)
         last = step >= config.steps
         while not last:
             stalls.begin(step + 1)
@@ -283,15 +294,16 @@ def train(
             # Validation comes before the save, so that a run killed in between does it again; who asks a run to
             # stop should not have to wait for it.
             if held_out and not stopped and (last or step % config.validation.every == 0):
-                with meter.pause(), stalls.at("validation"):
+                with meter.pause(), stalls.paused("validation"):
                     numbers.settle()
                     metrics.write(step, _validated(made, state.params, rows, held_out))
             if last or saved.should_save(step):
                 numbers.settle()  # before the save: a state that is not finite must not become a checkpoint
-                metrics.copy()  # as who resumes from it finds no other numbers of the steps before
+                with stalls.at("the store, for the numbers of steps"):
+                    metrics.copy()  # as who resumes from it finds no other numbers of the steps before
                 rest = {"step": state.step, "opt_state": state.opt_state}
                 with stalls.at(f"the checkpoint of step {step}, or the one before"):
                     saved.save(step, state.params, rest, batches.get_state(), run)
-    if step < config.steps:
+    if step < config.steps and jax.process_index() == 0:
         _log.warning("stopped by %s after step %d, which is saved; the same command resumes", stopped, step)
     return state

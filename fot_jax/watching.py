@@ -61,6 +61,15 @@ class Stalls:
         finally:
             self._places.pop()
 
+    @contextlib.contextmanager
+    def paused(self, place: str) -> Iterator[None]:
+        """What is inside is no part of the step, and may take as long as a first one; `place` as for `at`."""
+        now, before = time.monotonic(), (self._began, self._limit)
+        self._began, self._limit = now, _FIRST * self._seconds
+        with self.at(place):
+            yield
+        self._began, self._limit = before[0] + time.monotonic() - now, before[1]
+
     def close(self) -> None:
         """Ends the thread."""
         self._over.set()
@@ -132,15 +141,17 @@ class Profile:
             _log.info("profile of steps %d to %d: %s", *self._steps, self._folder)
 
 
-def steps_of_profile(text: str) -> tuple[int, int] | None:
+def steps_of_profile(text: str, steps: int) -> tuple[int, int] | None:
     """'100:105' -> (100, 105); '' -> None.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, or steps that a run of `steps` does not have.
     """
     if not text:
         return None
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ValueError(f"profile_steps is {text!r}; wanted FIRST:LAST, like 100:105")
+    if int(last) > steps:
+        raise ValueError(f"profile_steps is {text!r}; wanted steps of the run, 1 to {steps}")
     return int(first), int(last)

@@ -74,9 +74,11 @@ case "$command" in
     git -C "$here" archive --format=tar.gz -o "$archive" HEAD
     run gcloud compute tpus tpu-vm scp "$archive" "$NAME:$folder.tar.gz" --zone="$ZONE" --worker=all
     # uv brings a Python that is new enough; that of the image may not be.
-    on all "mkdir -p $folder && tar xzf $folder.tar.gz -C $folder && cd $folder &&
+    # What an earlier setup brought is removed, what was copied stays.
+    on all "mkdir -p $folder && cd $folder && touch .brought && xargs -d '\\n' rm -f < .brought &&
+      tar xzf ../$folder.tar.gz && tar tzf ../$folder.tar.gz | grep -v '/\$' > .brought &&
       (command -v uv || pip install -q --user uv) && PATH=\$HOME/.local/bin:\$PATH &&
-      uv venv -q --python 3.12 .venv && uv pip install -q --python .venv/bin/python '.[tpu,gs]'"
+      uv venv -q --clear --python 3.12 .venv && uv pip install -q --python .venv/bin/python '.[tpu,gs]'"
     ;;
   copy) run gcloud compute tpus tpu-vm scp --recurse "$@" "$NAME:$folder/" --zone="$ZONE" --worker=all ;;
   train)

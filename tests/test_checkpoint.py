@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,22 @@ def test_half_written_checkpoints_are_not_seen_and_are_removed(workdir):
     assert half.exists()  # reading removes nothing: a training may be writing it
     checkpoint.Checkpoints(workdir, CONFIG, save_every=1, keep_last=2).close()
     assert not half.exists() and checkpoint.steps(workdir)[-1] == 12
+
+
+def test_a_save_that_took_too_long_has_failed(tmp_path, monkeypatch):
+    """Not to be taken for one that is under way: both are a TimeoutError."""
+    saved = checkpoint.Checkpoints(tmp_path, CONFIG, save_every=1, keep_last=1)
+
+    def result(timeout=None):
+        raise TimeoutError("the store did not answer")
+
+    late = types.SimpleNamespace(result=result)
+    monkeypatch.setattr(saved._orbax, "save_checkpointables_async", lambda *_, **__: late)
+    saved.save(1, {"x": jnp.zeros(2)}, {}, {}, {})
+    with pytest.raises(checkpoint.CheckpointError, match="saving step 1 to .* failed: TimeoutError: the store did not"):
+        while True:
+            saved.poll()
+    assert saved.completed() == []
 
 
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_is_whole(tmp_path):

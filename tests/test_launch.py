@@ -7,13 +7,14 @@ from __future__ import annotations
 import os
 import pathlib
 import signal
+import string
 import subprocess
 import sys
 import time
 
 import pytest
 
-from fot_jax import checkpoint
+from fot_jax import checkpoint, training
 from fot_jax.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -94,7 +95,7 @@ def test_local_processes_are_stopped_together(flags, tmp_path):
     command = [str(ROOT / "launch" / "local.sh"), "2", *flags, "--stopped_status=75"]
     pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     status, errors = stopped(subprocess.Popen(command, env=environment(tmp_path), **pipes), tmp_path)
-    assert status == 75 and errors.count("stopped by SIGTERM") == 2, errors
+    assert status == 75 and errors.count("stopped by SIGTERM") == 1, errors
     assert checkpoint.steps(tmp_path / "run")[-1] < 60
 
 
@@ -114,7 +115,7 @@ def test_slurm_puts_a_stopped_job_back(flags, tmp_path):
         time.sleep(0.01)
     subprocess.run(["pkill", "-TERM", "-g", str(process.pid), "-f", "train.py"], check=True)  # as --signal=TERM does
     errors = process.communicate(timeout=120)[1]
-    assert process.returncode == 75 and errors.count("stopped by SIGTERM") == 2, errors
+    assert process.returncode == 75 and errors.count("stopped by SIGTERM") == 1, errors
     assert (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
@@ -143,6 +144,28 @@ def test_commands_for_a_tpu_pod(tmp_path):
         status == 0
         and copy == "compute tpus tpu-vm scp --recurse a b.model fot:fot_jax/ --zone=us-west4-a --worker=all"
     )
+    # What is set up on a worker: here, in a home of its own, twice.
+    home = tmp_path / "home"
+    (home / "fot_jax").mkdir(parents=True)
+    (home / "fot_jax" / "copied.model").write_text("")
+    script(tmp_path, "uv", f'#!/bin/sh\necho uv "$@" >> {tmp_path}/asked\n')
+    script(
+        tmp_path,
+        "gcloud",
+        '#!/bin/sh\ncd "$HOME"\n'
+        'for last; do case "$last" in --command=*) exec sh -c "${last#--command=}" ;; esac; done\n'
+        'cp "$5" "$HOME/fot_jax.tar.gz"\n',
+    )
+    for _ in range(2):
+        status, (venv, install), said = asked("setup", HOME=str(home))
+        assert status == 0 and venv == "uv venv -q --clear --python 3.12 .venv", said
+        assert install == "uv pip install -q --python .venv/bin/python .[tpu,gs]"
+        assert (home / "fot_jax" / "train.py").exists() and (home / "fot_jax" / "copied.model").exists()
+        assert not (home / "fot_jax" / "old.py").exists()
+        (home / "fot_jax" / "old.py").write_text("")  # of the commit before
+        with (home / "fot_jax" / ".brought").open("a") as brought:
+            brought.write("old.py\n")
+    script(tmp_path, "gcloud", f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\necho ACTIVE\n')
     assert asked("go")[0] == 2 and "wanted create, setup" in asked("go")[2]
     assert asked("stop")[1][0].count("kill -TERM") == 1 and asked("logs")[1][0].count("--worker=0") == 1
     status, nothing, printed = asked("delete", DRY_RUN="1")
@@ -155,3 +178,22 @@ def test_commands_for_a_tpu_pod(tmp_path):
     )
     script(tmp_path, "gcloud", "#!/bin/sh\necho FAILED\n")
     assert asked("create")[0] == 1 and "there will be none" in asked("create")[2]
+
+
+def test_what_gke_is_given():
+    import yaml
+
+    text = string.Template((ROOT / "launch" / "gke.yaml").read_text())
+    named = dict(NAME="fot", IMAGE="image", HOSTS="16", CHIPS="4", ACCELERATOR="tpu-v5-lite-podslice", TOPOLOGY="8x8")
+    asked = yaml.safe_load(text.substitute(named, CONFIG="/fot_jax/configs/tiny.py", WORKDIR="gs://bucket/run"))
+    job = asked["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert (job["parallelism"], job["completions"]) == (16, 16) and container["resources"]["limits"][
+        "google.com/tpu"
+    ] == 4
+    assert {"--workdir=gs://bucket/run", "--stopped_status=75"} <= set(container["args"])
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert (
+        rule["onExitCodes"]["values"] == [training.TrainingError.status]
+        and rule["onExitCodes"]["containerName"] == container["name"]
+    )

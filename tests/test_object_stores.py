@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import threading
+import time
 
 import fsspec
 import jax
@@ -23,13 +24,13 @@ from fot_jax import checkpoint, files, formats, staging, training
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to a store, but those that upload to a path that matches `refused`."""
+    """Passes requests on to a store, but those that upload to a path that matches `refused`; one takes `seconds`."""
 
     daemon_threads = True
 
     def __init__(self, port: int):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.store, self.refused = port, None
+        self.store, self.refused, self.seconds = port, None, 0.0
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -42,6 +43,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self.rfile.read(length)
         server = self.server
         uploads = self.command in ("PUT", "POST")
+        time.sleep(server.seconds * uploads)
         if uploads and server.refused and (server.refused.search(self.path) or server.refused.search(str(body[:2000]))):
             self._answer(403, {}, b"<Error><Code>AccessDenied</Code><Message>refused</Message></Error>")
             return

@@ -27,10 +27,11 @@ from fot_jax.tokenizer import train_tokenizer
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
 __all__ = ["gs", "s3", "store"]  # fixtures
-# Runs train.py, and writes a checksum of every row of every batch that this process brings. FAILS is a process that
-# fails with its second batch; with NAN step 5 has no loss.
+# Runs train.py, and writes a checksum of every row of every batch that this process brings. A checkpoint takes a while
+# to get its name, so that there is time to kill in. FAILS is a process that fails with its second batch; NAN a step
+# without a loss.
 RECORD = """
-import hashlib, json, os, sys
+import hashlib, json, os, sys, time
 import jax, train
 from absl import app, flags
 from fot_jax import programs
@@ -49,11 +50,20 @@ class Recorded(rows):
         return super().together(batch)
 
 programs.Rows = Recorded
+rename = os.rename
+
+def slow_rename(source, *more, **options):
+    if "orbax-checkpoint-tmp" in os.fspath(source):
+        time.sleep(0.2)
+    rename(source, *more, **options)
+
+os.rename = slow_rename
 step = programs.train_step
 
 def bad(*args):
     state, values = step(*args)
-    return state, values | {"loss": jax.numpy.where(state.step == 5, jax.numpy.nan, values["loss"])}
+    lost = state.step == int(os.environ["NAN"])
+    return state, values | {"loss": jax.numpy.where(lost, jax.numpy.nan, values["loss"])}
 
 programs.train_step = bad if "NAN" in os.environ else step
 flags.mark_flags_as_required(["config"])
@@ -191,6 +201,7 @@ def killed(start, workdir, which, ready, rows_at=None):
     if not wait_for(started, ready):
         finish(started)
         return None
+    print("killed after step", max(losses(workdir), default=0), "of which are saved", checkpoint.steps(workdir))
     started[which].kill()
     when = time.monotonic()
     errors = started[1 - which].communicate(timeout=60)[1]
@@ -228,8 +239,9 @@ def test_stopped_and_resumed_by_other_numbers_of_processes(start, whole, tmp_pat
         if count != 4:
             assert wait_for(started, lambda before=before: max(losses(workdir), default=0) >= before + 4)
             started[-1].terminate()  # one of them is told, all stop
-        errors = finish(started)
-        assert all(("stopped by SIGTERM" in text) == (count != 4) for text in errors)
+        told, *others = finish(started)
+        assert ("stopped by SIGTERM" in told) == (count != 4)
+        assert not any("stopped by" in text for text in others)  # process 0 speaks for all
         seen += rows(workdir, count)
         assert len(seen) == checkpoint.steps(workdir)[-1]
     assert seen == whole[1]
@@ -237,17 +249,17 @@ def test_stopped_and_resumed_by_other_numbers_of_processes(start, whole, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_signal_while_a_run_resumes_is_heeded_after_a_step(start, tmp_path):
-    workdir = tmp_path / "run"
-    for told in (1, 0):
-        before = (checkpoint.steps(workdir) or [0])[-1]
-        started = start(workdir, 2)
-        for line in started[0].stderr:
-            if "on mesh" in line:  # the processes have met; data, checkpoint and compiler are to come
-                break
-        started[told].terminate()
-        finish(started)
-        assert checkpoint.steps(workdir)[-1] == before + 1
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_before_the_first_step_ends_all_at_once(start, tmp_path, told):
+    started = start(tmp_path / "run", 2, "--stopped_status=75")
+    for line in started[0].stderr:
+        if "on mesh" in line:  # the processes have met; data, checkpoint and compiler are to come
+            break
+    started[told].terminate()
+    errors = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [75, 75], errors
+    assert all(f"process {told} on" in text and "stopped by SIGTERM before the first step" in text for text in errors)
+    assert checkpoint.steps(tmp_path / "run") == []
 
 
 @pytest.mark.slow
@@ -278,12 +290,22 @@ def test_an_upload_of_two_processes_that_is_refused(start, whole, store, tmp_pat
 
 @pytest.mark.slow
 def test_every_process_keeps_its_part_of_a_bad_batch(start, tmp_path):
-    started = start(tmp_path / "run", 2, NAN="1")
+    started = start(tmp_path / "run", 2, NAN="6")
     errors = [process.communicate(timeout=120)[1] for process in started]
-    assert all("step 5: loss is nan" in text for text in errors) and all(p.returncode == 1 for p in started)
-    kept = [np.load(tmp_path / "run" / "refused" / f"step_5.process_{i}.npz") for i in range(2)]
+    assert all("step 6: loss is nan" in text for text in errors) and all(p.returncode == 3 for p in started), errors
+    kept = [np.load(tmp_path / "run" / "refused" / f"step_6.process_{i}.npz") for i in range(2)]
     assert sorted(row for part in kept for row in part["row"]) == list(range(16))
-    assert checkpoint.steps(tmp_path / "run") == []
+    assert checkpoint.steps(tmp_path / "run") == [5]  # which was being written
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_being_copied_is_completed_before_numbers_end_the_run(start, tmp_path, s3):
+    url, proxy = s3
+    proxy.seconds = 1.0  # of each upload: the copy takes longer than who fails first waits for others
+    started = start(url, 2, rows_at=tmp_path / "run", NAN="6")
+    errors = [process.communicate(timeout=240)[1] for process in started]
+    assert all("step 6: loss is nan" in text for text in errors) and 3 in {p.returncode for p in started}, errors
+    assert checkpoint.steps(url) == [5]
 
 
 @pytest.mark.slow
@@ -303,7 +325,8 @@ def test_all_of_many_processes_say_which_is_lost(start, tmp_path):
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_random_moments(start, whole, tmp_path, seed):
     moments, workdir = random.Random(seed), tmp_path / "run"
-    step, which, saving = moments.randrange(STEPS), moments.randrange(2), seed % 2
+    # Every other time while a checkpoint is written, of steps 5, 10, 15 or 20.
+    step, which, saving = moments.randrange(STEPS - 2), moments.randrange(2), seed % 2
     later = moments.uniform(0.0, 0.2)
 
     def ready():
@@ -313,9 +336,8 @@ def test_killed_at_random_moments(start, whole, tmp_path, seed):
         return True
 
     seen = killed(start, workdir, which, ready)
-    if seen is not None:
-        finish(start(workdir, 2))
-    assert (seen or []) + rows(workdir, 2) == whole[1]
+    finish(start(workdir, 2))
+    assert seen is not None and seen + rows(workdir, 2) == whole[1]
     assert_same_outcome(workdir, whole[0])
 
 
@@ -454,6 +476,41 @@ def test_who_does_not_come_to_agree_is_named():
 def test_places_that_there_are_not(stated, message):
     with pytest.raises(ValueError, match=message):
         processes.place(*stated)
+
+
+def test_launchers_say_where_a_process_is(monkeypatch):
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
+    for name, value in dict(SIZE="4", RANK="3", LOCAL_RANK="1").items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    found = processes.place()
+    assert found.coordinator.startswith("10.96.0.1:") and found[1:] == (4, 3, (1,))
+    # Another Open MPI, of which JAX does not know: alone it would write what three others write.
+    monkeypatch.delenv("OMPI_MCA_orte_hnp_uri")
+    with pytest.raises(ValueError, match="this is process 3 of 4, as its launcher says.* wanted coordinator"):
+        processes.place()
+    assert processes.place(processes=1) is None
+    assert processes.place("host:1") == ("host:1", 4, 3, None)
+    for name in ("SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(f"OMPI_COMM_WORLD_{name}")
+    assert processes.place() is None
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "2")
+    with pytest.raises(ValueError, match="this is process 2, as its launcher says"):
+        processes.place()
+
+
+def test_gke_says_where_a_process_is(monkeypatch):
+    from jax._src import clusters
+
+    says = dict(HOSTNAMES="fot-0.fot,fot-1.fot", ID="1")
+    for name, value in says.items():
+        monkeypatch.setenv(f"TPU_WORKER_{name}", value)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    (gke,) = (known for known in clusters.ClusterEnv._cluster_types if known.__name__ == "GkeTpuCluster")
+    monkeypatch.setattr(gke, "is_env_present", classmethod(lambda cls: True))  # it asks for libtpu
+    monkeypatch.setattr(
+        gke, "get_coordinator_address", classmethod(lambda cls, timeout_secs=None, **_: "fot-0.fot:8476")
+    )
+    assert processes.place() == ("fot-0.fot:8476", 2, 1, None)
 
 
 def test_slurm_says_where_a_process_is(monkeypatch):

@@ -50,8 +50,12 @@ def local(path: str | os.PathLike, step: int | None = None) -> pathlib.Path:
     """
     if not files.store_of(path):
         return pathlib.Path(path)
-    if step is None:
-        step = (checkpoint.steps(path) or [None])[-1]
+    found = checkpoint.steps(path)
+    if not found:
+        raise FileNotFoundError(
+            f"{path}: no checkpoint; wanted a working directory of train.py, as only that is read at a URL"
+        )
+    step = found[-1] if step is None else step
     here = staging.folder(path) / f"fetched-{step}"
     here.mkdir(parents=True, exist_ok=True)
     with files.locked(here / ".lock"):  # of several processes one copies
