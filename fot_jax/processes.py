@@ -191,7 +191,7 @@ def together(
             yield group
             group.wait()  # process 0 may still be writing, and JAX waits for minutes only
     except BaseException as error:
-        group.leave(files.first_line(error))
+        group.leave(error)
         raise
     group.leave()
 
@@ -216,6 +216,7 @@ class Group:
     ):
         self.at, self.saving = at or Place("", 1, 0), bool
         self._stopped_status, self._begun = stopped_status or 0, stopped_status is None
+        self._status = 0  # of a process that ends because of an error
         self._lines, self._hosts, self._epilogue = lines or {}, hosts or {}, epilogue
         self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in self._lines}
         self._leaving, self._lost, self._speaking = threading.Event(), threading.Event(), threading.Lock()
@@ -347,7 +348,7 @@ class Group:
         """Ends all processes before the first step."""
         self._leaving.set()
         what = f"{self._named(self.at.process)} was stopped by {name} before the first step of this run"
-        _log.warning("%s; the same command begins again", what)
+        _log.error("%s; the same command begins again", what)
         self._tell_all({"ended": what, "stopped": True})
         sys.stderr.flush()
         os._exit(self._stopped_status)
@@ -392,7 +393,7 @@ class Group:
 
     # ------------------------------------------------------------------------------------------------------- loss
 
-    def leave(self, error: str = "") -> None:
+    def leave(self, error: BaseException | None = None) -> None:
         """Tells the others that this process is done, or why it ends; from then on it may lose them."""
         if not self._lines or self._leaving.is_set():
             return
@@ -400,9 +401,13 @@ class Group:
         if error and self._lost.wait(_NEWS_S):
             return
         self._leaving.set()
-        self._tell_all({"ended": f"{self._named(self.at.process)} ended: {error}"} if error else {"done": True})
-        if error:  # JAX would wait at its exit for processes that are gone, Orbax for their part of a checkpoint
-            self._exit_after(_GRACE_S, _SAVE_S)
+        if error is None:
+            self._tell_all({"done": True})
+            return
+        self._status = getattr(error, "status", 1)
+        self._tell_all({"ended": f"{self._named(self.at.process)} ended: {files.first_line(error)}"})
+        # JAX would wait at its exit for processes that are gone, Orbax for their part of a checkpoint.
+        self._exit_after(_GRACE_S, _SAVE_S)
 
     def _exit_after(self, seconds: float, saving_s: float = 0.0) -> None:
         """Ends the process in a while, whatever it waits for; a save that is under way may take `saving_s`."""
@@ -412,7 +417,7 @@ class Group:
             time.sleep(seconds)
             while self.saving() and time.monotonic() < deadline:
                 time.sleep(_RETRY_S)
-            os._exit(1)
+            self._exit()
 
         threading.Thread(target=end, name="exit", daemon=True).start()
 
@@ -427,18 +432,25 @@ class Group:
 
     def _listen(self, number: int) -> None:
         """Takes what a process says, until it is done, or lost."""
-        lost: dict[str, Any] = {"gone": f"{self._named(number)} is gone, without a word"}  # "gone" or "ended": why
+        told = False
         with contextlib.suppress(OSError, ValueError):
             for line in self._lines[number].makefile("r", encoding="utf-8"):
                 said = json.loads(line)
                 if "done" in said:
                     return
                 if "ended" in said or "gone" in said:
-                    lost = said
-                    break
-                if not self._heed(number, said):
+                    told = True
+                    self._lose(said)
+                elif not self._heed(number, said):
                     self._said[number].put(said)
-        if self._leaving.is_set():
+        if not told:
+            self._lose({"gone": f"{self._named(number)} is gone, without a word"})
+        if self.at.process and (told or self._status):  # process 0 is through, and JAX is about to abort this one
+            self._exit()
+
+    def _lose(self, lost: dict[str, Any]) -> None:
+        """Ends this process, in a while, because another one is "gone" or has "ended", for the reason there."""
+        if self._leaving.is_set() or self._lost.is_set():
             return
         self._lost.set()
         # JAX may abort the process at any moment for the same reason: first what matters most.
@@ -448,13 +460,20 @@ class Group:
         if "stopped" in lost:
             sys.stderr.flush()
             os._exit(self._stopped_status)
-        # Who is told of an error may be raising the same, which says more.
-        self._exit_after(*((_GRACE_S, _SAVE_S) if "ended" in lost else (_FAREWELL_S,)))
-        with contextlib.suppress(Exception):  # the folder may be out of reach
-            _log.critical("%s", self._epilogue())
+        if "ended" in lost:  # this one may be raising the same error, which says more
+            self._exit_after(_GRACE_S, _SAVE_S)
+        elif self.at.process:
+            self._exit()
+        else:
+            self._exit_after(_FAREWELL_S)
+
+    def _exit(self) -> None:
+        """Ends the process; says what is kept before, unless it has failed by itself, which said it."""
+        if not self._status:
+            with contextlib.suppress(Exception):  # the folder may be out of reach
+                _log.critical("%s", self._epilogue())
         sys.stderr.flush()
-        if "gone" in lost and self.at.process:
-            os._exit(1)
+        os._exit(self._status or 1)
 
 
 def _tell(line: socket.socket, message: dict[str, Any]) -> None:

@@ -263,7 +263,7 @@ def train(
         stalls, meter = Stalls(**config.stall), Meter(run_config.peak_flops(config, mesh.size))
         closing.callback(stalls.close)
         # Before all that, the others are told, who may wait for this process in a collective or a save.
-        closing.push(lambda _, error, __: group.leave(files.first_line(error)) if error else None)
+        closing.push(lambda _, error, __: group.leave(error) if error else None)
 
         numbers = _Numbers(config, model_config, first, run, rows, saved, metrics, meter, stalls)
         held_out = list(itertools.islice(validation, config.validation.batches)) if config.validation.every else []

@@ -28,6 +28,24 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="session")
+def programs_of_all(tmp_path_factory):
+    """Folder of compiled programs, of the runs of this process."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture
+def compiled_once(programs_of_all):
+    """Training runs of the same configuration compile once."""
+    keys = {"jax_compilation_cache_dir": str(programs_of_all), "jax_persistent_cache_min_compile_time_secs": 0.1}
+    before = {key: getattr(jax.config, key) for key in keys}
+    for key, value in keys.items():
+        jax.config.update(key, value)
+    yield
+    for key, value in before.items():
+        jax.config.update(key, value)
+
+
+@pytest.fixture(scope="session")
 def devices():
     """The eight CPU devices; the test is skipped where there are fewer (an accelerator asked for by JAX_PLATFORMS)."""
     found = jax.devices()

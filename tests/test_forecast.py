@@ -148,30 +148,57 @@ def test_a_compiler_that_is_missing_is_named(text, package, monkeypatch):
         forecast.compiled(run_of("longllama_3b", text), hardware(text))
 
 
-def train_py(*arguments):
-    return subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+# Runs train.py once for each list of arguments, imported once; what the n-th says goes to files n.out and n.err.
+EACH = """
+import json, os, sys
+import train
+from absl import app, flags
+
+flags.mark_flags_as_required(["config"])
+for n, arguments in enumerate(json.loads(sys.argv[1])):
+    if not (child := os.fork()):
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{sys.argv[2]}/{n}.{name}", os.O_CREAT | os.O_WRONLY), stream)
+        sys.argv = ["train.py", *arguments]
+        app.run(train.main)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def train_py(folder, *cases):
+    """Status, output and errors of each."""
+    words = [sys.executable, "-c", EACH, json.dumps(cases), str(folder)]
+    statuses = subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    said = [[(folder / f"{n}.{name}").read_text() for name in ("out", "err")] for n in range(len(cases))]
+    return [(int(status), *texts) for status, texts in zip(statuses, said, strict=True)]
 
 
 def test_the_command_plans_without_data_or_workdir(tmp_path):
-    done = train_py("--config=configs/longllama_7b.py:v5p:4x4x4", "--plan", f"--report={tmp_path}/r.json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["chips"] == 64 and report["parameters"] == 6_738_415_616 and report["contexts"] == 7
-    assert "6,738,415,616" in done.stdout and "up to 7 other windows a row, 4.16 on average, ring" in done.stdout
-    # Other chips than the file is laid out for, fewer and more.
-    for text, mesh in (("v5e:4x8", "fsdp 32"), ("2*v5e:8x16", "data 2, fsdp 64, tensor 2")):
-        done = train_py("--config=configs/longllama_7b.py:v5p:4x4x4", "--plan", f"--topology={text}")
-        assert done.returncode == 0, done.stderr
-        assert f"laid out for {text}, not for v5p:4x4x4" in done.stdout and mesh in done.stdout
-    for arguments, message in (
+    file, other = "--config=configs/longllama_7b.py:v5p:4x4x4", "--config=configs/longllama_3b.py:h100:8"
+    laid_out = {"v5e:4x8": "fsdp 32", "2*v5e:8x16": "data 2, fsdp 64, tensor 2"}
+    refused = (
         (["--plan", "--topology=v9:4"], "train.py: hardware is 'v9:4'; wanted CHIP:SHAPE"),
         (["--plan", "--share=0"], "train.py: share is 0.0"),
         (["--plan", "--compilation_cache=x"], "--compilation_cache goes with runs"),
         (["--plan", "--config.hardware="], "no hardware is stated; wanted --topology or config.hardware"),
         ([], "--workdir is not set"),
-    ):
-        done = train_py("--config=configs/longllama_3b.py:h100:8", *arguments)
-        assert done.returncode != 0 and message in done.stderr + done.stdout and "Traceback" not in done.stderr
+    )
+    first, *rest = train_py(
+        tmp_path,
+        [file, "--plan", f"--report={tmp_path}/r.json"],
+        *([file, "--plan", f"--topology={text}"] for text in laid_out),
+        *([other, *arguments] for arguments, _ in refused),
+    )
+    assert first[0] == 0, first
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["chips"] == 64 and report["parameters"] == 6_738_415_616 and report["contexts"] == 7
+    assert "6,738,415,616" in first[1] and "up to 7 other windows a row, 4.16 on average, ring" in first[1]
+    # Other chips than the file is laid out for, fewer and more.
+    for (text, mesh), (status, out, errors) in zip(laid_out.items(), rest, strict=False):
+        assert status == 0, errors
+        assert f"laid out for {text}, not for v5p:4x4x4" in out and mesh in out
+    for (_, message), (status, out, errors) in zip(refused, rest[len(laid_out) :], strict=True):
+        assert status != 0 and message in errors + out and "Traceback" not in errors
 
 
 def test_a_step_that_does_not_fit_ends_with_1():

@@ -99,6 +99,7 @@ def test_local_processes_are_stopped_together(flags, tmp_path):
     assert checkpoint.steps(tmp_path / "run")[-1] < 60
 
 
+@pytest.mark.slow
 def test_slurm_puts_a_stopped_job_back(flags, tmp_path):
     script(tmp_path, "srun", SRUN)
     script(tmp_path, "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')

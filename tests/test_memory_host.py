@@ -109,7 +109,7 @@ def test_a_memory_is_edited_as_with_values_on_the_device(devices, monkeypatch, w
         assert kinds(merged[0])[1] == {host.KIND}
 
 
-@pytest.mark.parametrize("ways", [1, 8])
+@pytest.mark.parametrize("ways", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_model_reads_generates_and_saves_with_values_on_the_host(devices, tmp_path, monkeypatch, ways):
     monkeypatch.setattr(memory.cache, "FIRST_PAGE_BYTES", 1)
     config = model_config(2, 4, 4, layers=2).replace(eos_id=None, last_context_length=3, vocab_size=13)

@@ -107,7 +107,7 @@ def check(devices, case):
     np.testing.assert_allclose(partial.o_BHTK, one.o_BHTK, rtol=1e-5, atol=1e-5)
 
 
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=5)
 @hypothesis.given(cases())
 def test_a_full_sort_finds_the_same(devices, case):
     check(devices, case)

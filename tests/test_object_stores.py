@@ -122,10 +122,11 @@ def store(request):
     return request.getfixturevalue(request.param)
 
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 OPTIONS = dict(export__every=8, model__n_kv_heads=4, checkpoint__keep_every=4)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def whole(tmp_path_factory):
     """The last state of a run on a disk that was never stopped."""
     config = toy.config(**OPTIONS | {"export__every": 0})

@@ -201,7 +201,7 @@ def killed(start, workdir, which, ready, rows_at=None):
     if not wait_for(started, ready):
         finish(started)
         return None
-    print("killed after step", max(losses(workdir), default=0), "of which are saved", checkpoint.steps(workdir))
+    print("killed when steps were saved:", checkpoint.steps(workdir), "and being saved:", being_saved(workdir))
     started[which].kill()
     when = time.monotonic()
     errors = started[1 - which].communicate(timeout=60)[1]
@@ -498,19 +498,20 @@ def test_launchers_say_where_a_process_is(monkeypatch):
         processes.place()
 
 
-def test_gke_says_where_a_process_is(monkeypatch):
-    from jax._src import clusters
+def test_a_tpu_slice_of_gke_says_where_a_process_is(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster
 
-    says = dict(HOSTNAMES="fot-0.fot,fot-1.fot", ID="1")
-    for name, value in says.items():
-        monkeypatch.setenv(f"TPU_WORKER_{name}", value)
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    (gke,) = (known for known in clusters.ClusterEnv._cluster_types if known.__name__ == "GkeTpuCluster")
-    monkeypatch.setattr(gke, "is_env_present", classmethod(lambda cls: True))  # it asks for libtpu
-    monkeypatch.setattr(
-        gke, "get_coordinator_address", classmethod(lambda cls, timeout_secs=None, **_: "fot-0.fot:8476")
-    )
-    assert processes.place() == ("fot-0.fot:8476", 2, 1, None)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    for name, value in dict(WORKER_HOSTNAMES="localhost,other", WORKER_ID="1", SKIP_MDS_QUERY="1").items():
+        monkeypatch.setenv(f"TPU_{name}", value)
+    for name, value in dict(NUM_SLICES="2", SLICE_ID="1", COORDINATOR_ADDRESS="localhost").items():
+        monkeypatch.setenv(f"MEGASCALE_{name}", value)
+    assert processes.place()[:3] == (f"localhost:{cloud_tpu_cluster.coordinator_port}", 4, 3)
+    monkeypatch.setenv("MEGASCALE_COORDINATOR_ADDRESS", "nowhere.invalid")
+    monkeypatch.setattr(cloud_tpu_cluster.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cloud_tpu_cluster.time, "time", iter(range(0, 10**6, 7)).__next__)
+    with pytest.raises(processes.ProcessError, match="the other processes cannot be found: .* nowhere.invalid"):
+        processes.place(timeout_s=20.0)
 
 
 def test_slurm_says_where_a_process_is(monkeypatch):

@@ -5,6 +5,8 @@ import re
 
 import jax
 
+import fot_jax
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -17,7 +19,10 @@ def run(number):
     return names
 
 
-def test_memory_on_several_devices_runs(devices):
+def test_memory_on_several_devices_runs(devices, monkeypatch):
+    named = fot_jax.named
+    narrow = dict(d_model=32, d_ff=64, head_size=4)  # of the model's other sizes: it is run without optimisation here
+    monkeypatch.setattr(fot_jax, "named", lambda name: named(name).replace(**narrow))
     names = run(1)
     found, reader = names["found"], names["reader"]
     assert reader.mem.deals[0].ways == len(jax.devices())

@@ -32,7 +32,8 @@ def run(tmp_path_factory):
     for path in sources:
         (shared / "text" / f"{path.stem}.txt").write_text(path.read_text())
     train_tokenizer((path.read_text() for path in sources), shared / "tokenizer.model", 400)
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    flags = "--xla_backend_optimization_level=0"  # and one device
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = {

@@ -24,14 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 SMALL = ModelConfig(vocab_size=19, d_model=8, d_ff=16, n_layers=1, n_heads=2, window=10)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    """Runs of the same configuration compile once."""
-    before = {key: getattr(jax.config, key) for key in ("jax_compilation_cache_dir",)}
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before["jax_compilation_cache_dir"])
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def random_params(config: ModelConfig, seed: int = 0):

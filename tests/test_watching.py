@@ -15,6 +15,8 @@ import toy
 
 from fot_jax import formats, mirror, programs, training, watching
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 class Slow(toy.Batches):
     """Batches of which one takes long to come."""
