@@ -115,19 +115,9 @@ def main(argv: list[str]) -> int | None:
     packages |= {"python": platform.python_version(), "source": source()}
     facts = {"versions": packages, "workdir": str(workdir), "config": json.loads(json.dumps(config.to_dict()))}
 
-    def kept() -> str:
-        if files.store_of(workdir):  # which takes too long to ask: there are milliseconds before JAX aborts
-            return (
-                f"The last whole checkpoint in {workdir} is kept; the same command for all processes resumes from it."
-            )
-        found = checkpoint.steps(workdir)
-        which = f"The checkpoint of step {found[-1]} is whole" if found else "There is no checkpoint yet"
-        return f"{which}; the same command for all processes resumes."
-
     try:
         at = processes.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
-        ends = dict(timeout_s=_TIMEOUT.value, epilogue=kept, stopped_status=_STOPPED.value)
-        with processes.together(at, facts, **ends) as group:
+        with processes.together(at, facts, timeout_s=_TIMEOUT.value, stopped_status=_STOPPED.value) as group:
             done = run(config, workdir, group, profile)
     except processes.ProcessError as error:
         raise SystemExit(f"train.py: {error}") from error

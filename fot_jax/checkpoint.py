@@ -270,6 +270,7 @@ class Checkpoints:
         self._pending: tuple[int, concurrent.futures.Future] | None = None
         self._broken = False
         self._completed: list[int] = []
+        self._last: int | None = (steps(workdir) or [0])[-1]
 
     def should_save(self, step: int) -> bool:
         """Whether `step` is due."""
@@ -313,6 +314,17 @@ class Checkpoints:
         """Whether a save is under way that may still be completed."""
         return self._pending is not None and not self._pending[1].done() and self._failures.first is None
 
+    def last(self) -> int | None:
+        """The last step whose checkpoint is known to be whole; 0 if there is none, None if only process 0 knows."""
+        step, saving = self._pending or (0, None)
+        if saving and saving.done() and not saving.exception():
+            return self._known(step)
+        return self._last
+
+    def _known(self, step: int) -> int | None:
+        # Orbax completes a checkpoint before it says so to any process; of copies only process 0 hears.
+        return None if self._staged and jax.process_index() else step
+
     def poll(self) -> None:
         """Raises CheckpointError if the save under way has failed; never waits for one that has not."""
         if self._pending and not self.under_way():
@@ -328,7 +340,7 @@ class Checkpoints:
         error = saving.exception() if saving.done() else self._failures.first
         if error:
             raise self._failed(step, error) from error
-        self._pending = None
+        self._last, self._pending = self._known(step), None
         self._completed.append(step)
 
     def completed(self) -> list[int]:

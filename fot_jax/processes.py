@@ -148,7 +148,6 @@ def together(
     facts: dict[str, Any],
     *,
     timeout_s: float = 300.0,
-    epilogue: Callable[[], str] = str,
     stopped_status: int = 0,
 ) -> Iterator[Group]:
     """Waits for all processes of a run, compares what they say, starts JAX's own service among them, and watches them.
@@ -161,8 +160,6 @@ def together(
     Args:
         facts: JSON-able; what has to be the same everywhere, by name.
         timeout_s: how long to wait for the others.
-        epilogue: what to say last when a process was lost: what is kept, and how to go on. It must be quick: JAX
-            aborts who loses process 0 within a tenth of a second.
         stopped_status: with which a signal before the first step ends all of them.
 
     Raises:
@@ -175,7 +172,7 @@ def together(
         return
     deadline = time.monotonic() + timeout_s
     lines, hosts = (_gathered if at.process == 0 else _joined)(at, deadline)
-    group = Group(at, lines, hosts, epilogue, stopped_status)
+    group = Group(at, lines, hosts, stopped_status)
     try:
         group.agree(facts, timeout_s)
         jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, see `Group.signals`
@@ -204,6 +201,8 @@ class Group:
         asked: the signal because of which the run is to end; "" for none.
         saving: whether a checkpoint is being written that may still be completed; who ends because of an error, its own
             or another's, stays until it is.
+        saved: step of the last checkpoint that is known to be whole, 0 for none, None where it is not known. It may not
+            ask a disk: JAX aborts who loses process 0 within a tenth of a second.
     """
 
     def __init__(
@@ -211,13 +210,14 @@ class Group:
         at: Place | None = None,
         lines: dict[int, socket.socket] | None = None,
         hosts: dict[int, str] | None = None,
-        epilogue: Callable[[], str] = str,
         stopped_status: int | None = None,
     ):
-        self.at, self.saving = at or Place("", 1, 0), bool
+        self.at = at or Place("", 1, 0)
+        self.saving: Callable[[], bool] = lambda: False
+        self.saved: Callable[[], int | None] = lambda: None
         self._stopped_status, self._begun = stopped_status or 0, stopped_status is None
         self._status = 0  # of a process that ends because of an error
-        self._lines, self._hosts, self._epilogue = lines or {}, hosts or {}, epilogue
+        self._lines, self._hosts = lines or {}, hosts or {}
         self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in self._lines}
         self._leaving, self._lost, self._speaking = threading.Event(), threading.Event(), threading.Lock()
         # Of `stop`: the last step that the run goes on after, here; those of all, at process 0; the step it ends with.
@@ -470,8 +470,9 @@ class Group:
     def _exit(self) -> None:
         """Ends the process; says what is kept before, unless it has failed by itself, which said it."""
         if not self._status:
-            with contextlib.suppress(Exception):  # the folder may be out of reach
-                _log.critical("%s", self._epilogue())
+            kept = {None: "", 0: "There is no checkpoint yet. "}.get(step := self.saved())
+            kept = f"The checkpoint of step {step} is whole. " if kept is None else kept
+            _log.critical("%sThe same command for all processes resumes.", kept)
         sys.stderr.flush()
         os._exit(self._status or 1)
 

@@ -242,7 +242,7 @@ def train(
             exported_every=config.export.every,
             barrier=group.wait,
         )
-        group.saving = saved.under_way
+        group.saving, group.saved = saved.under_way, saved.last
         made, rows = programs.build(config, model_config, mesh), programs.Rows(config, mesh)
         state, run = _starting_state(config, model_config, workdir, made, batches)
         step = first = int(state.step)

@@ -209,10 +209,15 @@ def killed(start, workdir, which, ready, rows_at=None):
     assert f"process {which} on" in errors and "is gone, without a word" in errors
     started[which].communicate()
     saved = checkpoint.steps(workdir)
-    if files.store_of(workdir):
-        assert f"The last whole checkpoint in {workdir} is kept" in errors
+    # What is completed while it says so, it may not know of; of copies only process 0 hears.
+    *_, said = errors.strip().splitlines()
+    named = re.search(r"The checkpoint of step (\d+) is whole", said)
+    if not named:
+        unknown = files.store_of(workdir) == "s3" and which == 0
+        assert "The same command for all processes resumes" in said
+        assert unknown or ("There is no checkpoint" in said and saved in ([], [5]))
     else:
-        assert (f"checkpoint of step {saved[-1]} is whole" if saved else "There is no checkpoint") in errors
+        assert int(named[1]) in saved and int(named[1]) >= saved[-1] - 5
     return rows(rows_at or workdir, 2)[: saved[-1] if saved else 0]
 
 
