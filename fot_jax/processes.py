@@ -89,9 +89,6 @@ def place(
     if processes == 1:
         return None
     coordinator, devices = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", ""), None
-    launched = _launched()
-    if coordinator and launched and processes is None and process is None:
-        processes, process = launched
     if processes is None and process is None:
         # The part of JAX that asks clusters is not public; nothing else says it before JAX starts.
         from jax._src import clusters
@@ -108,15 +105,15 @@ def place(
         except (RuntimeError, OSError) as error:
             raise ProcessError(f"the other processes cannot be found: {error}") from error
         coordinator, processes, process, devices = found
-        if processes == 1:
-            return None
-        if not coordinator and launched:
-            which = f"{launched[1]} of {launched[0]}" if launched[0] else str(launched[1])
-            raise ValueError(
-                f"this is process {which}, as its launcher says, but not where process 0 is; wanted coordinator, "
-                "HOST:PORT, or processes 1 where each is to run for itself"
-            )
-        if not coordinator:
+        if processes is None and (launched := _launched()):
+            if not coordinator:
+                which = f"{launched[1]} of {launched[0]}" if launched[0] else str(launched[1])
+                raise ValueError(
+                    f"this is process {which}, as its launcher says, but not where process 0 is; wanted coordinator, "
+                    "HOST:PORT, or processes 1 where each is to run for itself"
+                )
+            processes, process, devices = launched
+        if not coordinator or processes == 1:
             return None
     if not coordinator or processes is None or process is None:
         raise ValueError(
@@ -131,15 +128,18 @@ def place(
     return Place(coordinator, int(processes), int(process), None if devices is None else tuple(devices))
 
 
-def _launched() -> tuple[int | None, int] | None:
-    """How many processes a launcher started that JAX may not know, and which this is; None where it is alone."""
+def _launched() -> tuple[int | None, int, tuple[int, ...] | None] | None:
+    """How many processes a launcher started that JAX does not know, which this is, and its devices, one each as JAX has
+    it of those that it knows; None where it is alone.
+    """
     number = lambda name: int(text) if (text := os.environ.get(name, "")).isdecimal() else None
-    for launcher in ("OMPI_COMM_WORLD", "PMI"):  # Open MPI; MPICH, Intel's
-        count, mine = number(f"{launcher}_SIZE"), number(f"{launcher}_RANK")
+    # Open MPI; MPICH and Intel's.
+    for launcher, of_host in (("OMPI_COMM_WORLD", "OMPI_COMM_WORLD_LOCAL_RANK"), ("PMI", "MPI_LOCALRANKID")):
+        count, mine, local = number(f"{launcher}_SIZE"), number(f"{launcher}_RANK"), number(of_host)
         if count is not None and mine is not None and count > 1:
-            return count, mine
+            return count, mine, None if local is None else (local,)
     mine = number("JOB_COMPLETION_INDEX")  # of an indexed job of Kubernetes, which does not say how many there are
-    return (None, mine) if mine else None
+    return (None, mine, None) if mine else None
 
 
 @contextlib.contextmanager

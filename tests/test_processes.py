@@ -494,7 +494,7 @@ def test_launchers_say_where_a_process_is(monkeypatch):
     with pytest.raises(ValueError, match="this is process 3 of 4, as its launcher says.* wanted coordinator"):
         processes.place()
     assert processes.place(processes=1) is None
-    assert processes.place("host:1") == ("host:1", 4, 3, None)
+    assert processes.place("host:1") == ("host:1", 4, 3, (1,))
     for name in ("SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(f"OMPI_COMM_WORLD_{name}")
     assert processes.place() is None
