@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int | None:
         raise SystemExit(f"train.py: {error}") from error
     except training.TrainingError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return error.status
+        return error.exit_status
     return 0 if done else _STOPPED.value
 
 

@@ -312,7 +312,12 @@ class Checkpoints:
 
     def under_way(self) -> bool:
         """Whether a save is under way that may still be completed."""
-        return self._pending is not None and not self._pending[1].done() and self._failures.first is None
+        pending = self._pending  # which another thread may change
+        return pending is not None and not pending[1].done() and self._failures.first is None
+
+    def broken(self) -> bool:
+        """Whether a save has failed."""
+        return self._broken
 
     def last(self) -> int | None:
         """The last step whose checkpoint is known to be whole; 0 if there is none, None if only process 0 knows."""
@@ -360,9 +365,10 @@ class Checkpoints:
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
         self._pending, self._broken = None, True
-        if jax.process_index() == 0:
-            for half in (self._staged or self.directory).glob(f"{step}.orbax-checkpoint-tmp*"):
-                half.rmtree(missing_ok=True)  # on a full disk it only takes room
+        with contextlib.suppress(Exception):  # others may still be writing there; who resumes removes it
+            if jax.process_index() == 0:
+                for half in (self._staged or self.directory).glob(f"{step}.orbax-checkpoint-tmp*"):
+                    half.rmtree(missing_ok=True)  # on a full disk it only takes room
         try:
             whole = steps(self.directory.parent)
             left = f"the checkpoint of step {whole[-1]} is whole" if whole else "no earlier checkpoint exists"

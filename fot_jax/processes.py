@@ -139,7 +139,7 @@ def _launched() -> tuple[int | None, int, tuple[int, ...] | None] | None:
         if count is not None and mine is not None and count > 1:
             return count, mine, None if local is None else (local,)
     mine = number("JOB_COMPLETION_INDEX")  # of an indexed job of Kubernetes, which does not say how many there are
-    return (None, mine, None) if mine else None
+    return None if mine is None else (None, mine, None)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,8 @@ def together(
 
     To be entered before anything that asks JAX for devices. As soon as another process is lost, this one says so and
     ends with status 1, wherever it is: a collective that waits for a dead process cannot be interrupted. An exception
-    that leaves the block is told to the others, which end as well; at the end of the block all wait for one another.
+    that leaves the block is logged and told to the others, and ends all of them, this process with the error's
+    `exit_status`, by default 1. At the end of the block all wait for one another.
     Signals are taken inside, see `Group.signals`.
 
     Args:
@@ -173,23 +174,27 @@ def together(
     deadline = time.monotonic() + timeout_s
     lines, hosts = (_gathered if at.process == 0 else _joined)(at, deadline)
     group = Group(at, lines, hosts, stopped_status)
-    try:
-        group.agree(facts, timeout_s)
-        jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, see `Group.signals`
-        jax.distributed.initialize(
-            at.coordinator,
-            at.processes,
-            at.process,
-            at.local_devices,
-            cluster_detection_method="deactivate",
-            initialization_timeout=max(10, int(timeout_s)),
-        )
-        with group.signals():
+    with group.signals():
+        try:
+            group.agree(facts, timeout_s)
+        except ProcessError:  # which all raise
+            group.leave()
+            raise
+        try:
+            jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
+            jax.distributed.initialize(
+                at.coordinator,
+                at.processes,
+                at.process,
+                at.local_devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=max(10, int(timeout_s)),
+            )
             yield group
             group.wait()  # process 0 may still be writing, and JAX waits for minutes only
-    except BaseException as error:
-        group.leave(error)
-        raise
+        except BaseException as error:
+            group.leave(error)
+            group.end()
     group.leave()
 
 
@@ -201,6 +206,7 @@ class Group:
         asked: the signal because of which the run is to end; "" for none.
         saving: whether a checkpoint is being written that may still be completed; who ends because of an error, its own
             or another's, stays until it is.
+        broken: whether a checkpoint has failed here, so that the others' part of it will never be completed.
         saved: step of the last checkpoint that is known to be whole, 0 for none, None where it is not known. It may not
             ask a disk: JAX aborts who loses process 0 within a tenth of a second.
     """
@@ -215,16 +221,21 @@ class Group:
         self.at = at or Place("", 1, 0)
         self.saving: Callable[[], bool] = lambda: False
         self.saved: Callable[[], int | None] = lambda: None
+        self.broken: Callable[[], bool] = lambda: False
         self._stopped_status, self._begun = stopped_status or 0, stopped_status is None
-        self._status = 0  # of a process that ends because of an error
+        self._status, self._failed = 1, False  # of a process that ends because of an error; whether of its own
         self._lines, self._hosts = lines or {}, hosts or {}
         self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in self._lines}
         self._leaving, self._lost, self._speaking = threading.Event(), threading.Event(), threading.Lock()
         # Of `stop`: the last step that the run goes on after, here; those of all, at process 0; the step it ends with.
         self.asked, self._passed, self._reports, self._last = "", 0, {}, 0
         self._stopping, self._decided, self._taken = threading.Lock(), threading.Event(), False
-        for number in self._lines:
-            threading.Thread(target=self._listen, args=(number,), name=f"process {number}", daemon=True).start()
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(number,), name=f"process {number}", daemon=True)
+            for number in self._lines
+        ]
+        for listener in self._listeners:
+            listener.start()
 
     # -------------------------------------------------------------------------------------------------- agreement
 
@@ -350,8 +361,20 @@ class Group:
         what = f"{self._named(self.at.process)} was stopped by {name} before the first step of this run"
         _log.error("%s; the same command begins again", what)
         self._tell_all({"ended": what, "stopped": True})
+        self._exit_stopped()
+
+    def _exit_stopped(self) -> None:
+        """Ends this process before the first step."""
+        self._linger()
         sys.stderr.flush()
         os._exit(self._stopped_status)
+
+    def _linger(self) -> None:
+        """Has process 0, which has JAX's service, stay until the others are gone, which were told to go."""
+        deadline = time.monotonic() + _FAREWELL_S
+        for listener in self._listeners if self.at.process == 0 else ():
+            if listener is not threading.current_thread():
+                listener.join(max(0.0, deadline - time.monotonic()))
 
     def _ask(self, name: str) -> None:
         if self.at.process:
@@ -397,26 +420,46 @@ class Group:
         """Tells the others that this process is done, or why it ends; from then on it may lose them."""
         if not self._lines or self._leaving.is_set():
             return
-        # A collective that fails because another process was lost may be quicker than the news of it.
-        if error and self._lost.wait(_NEWS_S):
-            return
-        self._leaving.set()
         if error is None:
+            self._leaving.set()
             self._tell_all({"done": True})
             return
-        self._status = getattr(error, "status", 1)
-        self._tell_all({"ended": f"{self._named(self.at.process)} ended: {files.first_line(error)}"})
-        # JAX would wait at its exit for processes that are gone, Orbax for their part of a checkpoint.
-        self._exit_after(_GRACE_S, _SAVE_S)
+        # A collective that fails because another process was lost may be quicker than the news of it.
+        if self._lost.wait(_NEWS_S):
+            return
+        self._status, self._failed = getattr(error, "exit_status", 1), True
+        expected = isinstance(error, ProcessError) or hasattr(error, "exit_status")  # all is in its message
+        _log.critical("%s", error, exc_info=None if expected else error)
+        self._leaving.set()
+        ended = f"{self._named(self.at.process)} ended: {files.first_line(error)}"
+        self._tell_all({"ended": ended, "status": self._status, "broken": self.broken()})
+        self._exit_after(0.0 if self.broken() else _SAVE_S)
 
-    def _exit_after(self, seconds: float, saving_s: float = 0.0) -> None:
-        """Ends the process in a while, whatever it waits for; a save that is under way may take `saving_s`."""
+    def end(self) -> None:
+        """Ends this process, which has failed and closed what it had: process 0 at once. The others stay until it has,
+        as it may still be writing what they have written their part of, and JAX on it wants them there.
+        """
+        if self.at.process:
+            self._listeners[0].join(_SAVE_S + 2 * _GRACE_S)
+        elif self._lost.is_set():
+            self._linger()
+        self._exit()
+
+    def _exit_after(self, saving_s: float, seconds: float = _GRACE_S) -> None:
+        """Ends the process in a while, whatever it waits for: JAX would wait at its exit for processes that are gone,
+        Orbax for their part of a checkpoint.
+
+        Args:
+            saving_s: how long a save that is under way may take; others than process 0 stay until it is gone.
+            seconds: how long after that the process may take to end by itself.
+        """
 
         def end() -> None:
             deadline = time.monotonic() + saving_s
+            with contextlib.suppress(Exception):
+                while (self.at.process or self.saving()) and time.monotonic() < deadline:
+                    time.sleep(_RETRY_S)
             time.sleep(seconds)
-            while self.saving() and time.monotonic() < deadline:
-                time.sleep(_RETRY_S)
             self._exit()
 
         threading.Thread(target=end, name="exit", daemon=True).start()
@@ -445,7 +488,7 @@ class Group:
                     self._said[number].put(said)
         if not told:
             self._lose({"gone": f"{self._named(number)} is gone, without a word"})
-        if self.at.process and (told or self._status):  # process 0 is through, and JAX is about to abort this one
+        if self.at.process and (told or self._failed):  # process 0 is through, and JAX is about to abort this one
             self._exit()
 
     def _lose(self, lost: dict[str, Any]) -> None:
@@ -458,23 +501,24 @@ class Group:
         if self.at.process == 0:
             self._tell_all(lost)
         if "stopped" in lost:
-            sys.stderr.flush()
-            os._exit(self._stopped_status)
+            self._exit_stopped()
+        self._status = lost.get("status", 1)
         if "ended" in lost:  # this one may be raising the same error, which says more
-            self._exit_after(_GRACE_S, _SAVE_S)
+            self._exit_after(0.0 if lost.get("broken") else _SAVE_S)
         elif self.at.process:
             self._exit()
         else:
-            self._exit_after(_FAREWELL_S)
+            self._exit_after(0.0, _FAREWELL_S)
 
     def _exit(self) -> None:
-        """Ends the process; says what is kept before, unless it has failed by itself, which said it."""
-        if not self._status:
+        """Ends the process; says what is kept and how to go on, unless an error has said it."""
+        if self._status == 1 and not self._failed:
             kept = {None: "", 0: "There is no checkpoint yet. "}.get(step := self.saved())
             kept = f"The checkpoint of step {step} is whole. " if kept is None else kept
             _log.critical("%sThe same command for all processes resumes.", kept)
-        sys.stderr.flush()
-        os._exit(self._status or 1)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(self._status)
 
 
 def _tell(line: socket.socket, message: dict[str, Any]) -> None:

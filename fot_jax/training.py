@@ -37,10 +37,10 @@ class TrainingError(RuntimeError):
     ended. The message names the step and says what is kept.
 
     Attributes:
-        status: exit status of a command that ends with it, for schedulers that start others again.
+        exit_status: of a command that ends with it, for schedulers that start others again.
     """
 
-    status = 3
+    exit_status = 3
 
 
 def check(config: ConfigDict, workdir: str | os.PathLike) -> tuple[ModelConfig, jax.sharding.Mesh]:
@@ -242,7 +242,7 @@ def train(
             exported_every=config.export.every,
             barrier=group.wait,
         )
-        group.saving, group.saved = saved.under_way, saved.last
+        group.saving, group.saved, group.broken = saved.under_way, saved.last, saved.broken
         made, rows = programs.build(config, model_config, mesh), programs.Rows(config, mesh)
         state, run = _starting_state(config, model_config, workdir, made, batches)
         step = first = int(state.step)
@@ -273,6 +273,8 @@ def train(
         if profile and profile[1] <= step:
             _log.warning("steps %d to %d, which a profile was to be of, are done", *profile)
         last = step >= config.steps
+        if last:
+            group.stop(step)  # what is left to end may be stopped
         while not last:
             stalls.begin(step + 1)
             with meter.waiting(), stalls.at("data"):

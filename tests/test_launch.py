@@ -195,6 +195,6 @@ def test_what_gke_is_given():
     assert {"--workdir=gs://bucket/run", "--stopped_status=75"} <= set(container["args"])
     (rule,) = job["podFailurePolicy"]["rules"]
     assert (
-        rule["onExitCodes"]["values"] == [training.TrainingError.status]
+        rule["onExitCodes"]["values"] == [training.TrainingError.exit_status]
         and rule["onExitCodes"]["containerName"] == container["name"]
     )
