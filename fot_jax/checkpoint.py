@@ -255,7 +255,7 @@ class Checkpoints:
             if self._staged:
                 _remove_incomplete(self._staged, steps(workdir))
                 for step in steps(workdir)[-1:]:  # before Orbax looks there, which counts what it has seen
-                    _fetched(self.directory / str(step))
+                    _fetch_step(self.directory / str(step), pathlib.Path(self._staged / str(step)))
         if barrier:
             barrier()
         else:
@@ -443,7 +443,7 @@ def restore(
     if files.store_of(workdir) == "s3":
         there, path = path, _staged(workdir) / path.name
         if jax.process_index() == 0:
-            _fetched(there)
+            _fetch_step(there, path)
         _everywhere(f"{there} is on the disk")
     flat = named_leaves(optimizer)
     loaded = _load(path, {"params": params, "optimizer": flat, "data": None, "run": None})
@@ -480,23 +480,16 @@ def fetch(workdir: str | os.PathLike, directory: pathlib.Path, step: int | None 
     for name in ("model.json", *files.TOKENIZER_FILES):
         if (there := files.location(workdir) / name).exists():
             files.write(directory / name, there.read_bytes())
-    here = directory / "checkpoints" / path.name
-    if not _is_same(path, here):
-        staging.download(path, here, without=("optimizer", "data"))
+    _fetch_step(path, directory / "checkpoints" / path.name, without=("optimizer", "data"))
 
 
-def _is_same(path: files.Location, step: pathlib.Path) -> bool:
-    """Whether a checkpoint on the disk is the one at a URL: by the checksums of all that is in it."""
+def _fetch_step(there: files.Location, step: pathlib.Path, without: tuple[str, ...] = ()) -> None:
+    """Copies a checkpoint from a URL, but its parts `without`, unless the one on the disk is the same, by the checksums
+    of all that is in it; for one process to call.
+    """
     told = pathlib.PurePosixPath("run", "data.json")
-    return (step / told).exists() and (step / told).read_bytes() == (path / told).read_bytes()
-
-
-def _fetched(path: files.Location) -> pathlib.Path:
-    """A checkpoint at a URL that Orbax cannot read from, on the disk; for one process to call."""
-    step = _staged(path.parent.parent) / path.name
-    if not _is_same(path, step):
-        staging.download(path, step)
-    return step
+    if not ((step / told).exists() and (step / told).read_bytes() == (there / told).read_bytes()):
+        staging.download(there, step, without)
 
 
 def _metadata(path: pathlib.Path, *wanted: str) -> dict[str, PyTree]:

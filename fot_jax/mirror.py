@@ -49,17 +49,14 @@ class Mirror:
     def copy(self) -> None:
         """Copies every file that changed since it was copied."""
         with self._copying:
-            self._copy()
-
-    def _copy(self) -> None:
-        for path in sorted(self.local.rglob("*")):
-            stat = path.stat()
-            stamp = stat.st_mtime_ns, stat.st_size
-            if path.is_file() and self._copied.get(path) != stamp:
-                there = self._target / path.relative_to(self.local).as_posix()
-                there.parent.mkdir(parents=True, exist_ok=True)
-                there.write_bytes(path.read_bytes())
-                self._copied[path] = stamp
+            for path in sorted(self.local.rglob("*")):
+                stat = path.stat()
+                stamp = stat.st_mtime_ns, stat.st_size
+                if path.is_file() and self._copied.get(path) != stamp:
+                    there = self._target / path.relative_to(self.local).as_posix()
+                    there.parent.mkdir(parents=True, exist_ok=True)
+                    there.write_bytes(path.read_bytes())
+                    self._copied[path] = stamp
 
     def _copy_often(self, every_s: float) -> None:
         while not self._over.wait(every_s):

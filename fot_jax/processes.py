@@ -34,8 +34,7 @@ _log = logging.getLogger(__name__)
 _RETRY_S = 0.2
 # How long a process may take to end by itself once it or another has failed: all may be raising the same error.
 _GRACE_S = 15.0
-# How long process 0, which has JAX's service, stays after a loss, so that the others hear of it from us; and how long
-# what is said last may take.
+# How long process 0, which has JAX's service, stays after a loss, so that the others hear of it from us.
 _FAREWELL_S = 5.0
 # How long the news of a loss may take to come here, once its consequences have.
 _NEWS_S = 3.0
@@ -155,8 +154,8 @@ def together(
     To be entered before anything that asks JAX for devices. As soon as another process is lost, this one says so and
     ends with status 1, wherever it is: a collective that waits for a dead process cannot be interrupted. An exception
     that leaves the block is logged and told to the others, and ends all of them, this process with the error's
-    `exit_status`, by default 1. At the end of the block all wait for one another.
-    Signals are taken inside, see `Group.signals`.
+    `exit_status`, by default 1. At the end of the block all wait for one another. Signals are taken inside, see
+    `Group.signals`.
 
     Args:
         facts: JSON-able; what has to be the same everywhere, by name.
@@ -513,9 +512,9 @@ class Group:
     def _exit(self) -> None:
         """Ends the process; says what is kept and how to go on, unless an error has said it."""
         if self._status == 1 and not self._failed:
-            kept = {None: "", 0: "There is no checkpoint yet. "}.get(step := self.saved())
-            kept = f"The checkpoint of step {step} is whole. " if kept is None else kept
-            _log.critical("%sThe same command for all processes resumes.", kept)
+            step = self.saved()
+            kept = f"The checkpoint of step {step} is whole. " if step else "There is no checkpoint yet. "
+            _log.critical("%sThe same command for all processes resumes.", "" if step is None else kept)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(self._status)

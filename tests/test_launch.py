@@ -13,9 +13,9 @@ import sys
 import time
 
 import pytest
+import toy
 
 from fot_jax import checkpoint, training
-from fot_jax.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 SRUN = """#!/usr/bin/env bash
@@ -42,19 +42,11 @@ def script(folder, name, text):
 @pytest.fixture
 def flags(tmp_path):
     """Of a small run of train.py, for eight devices."""
-    sources = sorted((ROOT / "fot_jax").glob("*.py"))
-    train_tokenizer((path.read_text() for path in sources), tmp_path / "tokenizer.model", 400)
-    (tmp_path / "text").mkdir()
-    for path in sources:
-        (tmp_path / "text" / f"{path.stem}.txt").write_text(path.read_text())
     options = {
+        **toy.data_options(tmp_path),
         "steps": 60,
-        "model.vocab_size": 400,
         "batch.rows": 16,
         "mesh.fsdp": 8,
-        "data.train": f"('{tmp_path / 'text'}',)",
-        "data.tokenizer": tmp_path / "tokenizer.model",
-        "data.skip_short": True,
         "checkpoint.every": 50,
     }
     base = [f"--config={ROOT / 'tests' / 'toy.py'}", f"--workdir={tmp_path / 'run'}"]

@@ -18,11 +18,11 @@ import time
 import jax
 import numpy as np
 import pytest
+import toy
 from test_object_stores import gs, s3, store
 
 import fot_jax
 from fot_jax import checkpoint, files, processes
-from fot_jax.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
@@ -81,21 +81,13 @@ def free_port():
 def start(tmp_path_factory):
     """Starts the processes of a run, of `devices` CPU devices together."""
     shared = tmp_path_factory.mktemp("shared")
-    (shared / "text").mkdir()
-    sources = sorted((ROOT / "fot_jax").glob("*.py"))
-    for path in sources:
-        (shared / "text" / f"{path.stem}.txt").write_text(path.read_text())
-    train_tokenizer((path.read_text() for path in sources), shared / "tokenizer.model", 400)
     options = {
+        **toy.data_options(shared),
         "steps": STEPS,
-        "model.vocab_size": 400,
         "batch.rows": 16,
         "mesh.data": 2,
         "mesh.fsdp": 4,
-        "data.train": f"('{shared / 'text'}',)",
         "data.prepared": shared / "prepared",
-        "data.tokenizer": shared / "tokenizer.model",
-        "data.skip_short": True,
         "checkpoint.every": 5,
     }
     (shared / "record.py").write_text(RECORD)

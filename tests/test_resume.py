@@ -14,6 +14,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import toy
 
 import fot_jax
 from fot_jax import checkpoint
@@ -27,24 +28,16 @@ STEPS = 12
 def run(tmp_path_factory):
     """Starts train.py in a process of its own; what is compiled or tokenised once is so for all."""
     shared = tmp_path_factory.mktemp("shared")
-    (shared / "text").mkdir()
-    sources = sorted((ROOT / "fot_jax").glob("*.py"))
-    for path in sources:
-        (shared / "text" / f"{path.stem}.txt").write_text(path.read_text())
-    train_tokenizer((path.read_text() for path in sources), shared / "tokenizer.model", 400)
     flags = "--xla_backend_optimization_level=0"  # and one device
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     options = {
+        **toy.data_options(shared),
         "steps": STEPS,
-        "model.vocab_size": 400,
         "crossbatch.contexts": "(1,3)",
         "crossbatch.schedule": "draw",
-        "data.train": f"('{shared / 'text'}',)",
         "data.prepared": shared / "prepared",
-        "data.tokenizer": shared / "tokenizer.model",
-        "data.skip_short": True,
     }
     command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT / 'tests' / 'toy.py'}"]
     command += [f"--config.{key}={value}" for key, value in options.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
 from typing import Any
 
@@ -62,6 +63,23 @@ def config(**changes: Any) -> ConfigDict:
             node = node[name]
         node[last] = value
     return c
+
+
+def data_options(folder: pathlib.Path) -> dict[str, Any]:
+    """Configuration keys of train.py for texts and a tokenizer that are made in a folder."""
+    from fot_jax.tokenizer import train_tokenizer
+
+    sources = sorted((pathlib.Path(__file__).parent.parent / "fot_jax").glob("*.py"))
+    (folder / "text").mkdir()
+    for path in sources:
+        (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
+    train_tokenizer((path.read_text() for path in sources), folder / "tokenizer.model", 400)
+    return {
+        "model.vocab_size": 400,
+        "data.train": f"('{folder / 'text'}',)",
+        "data.tokenizer": folder / "tokenizer.model",
+        "data.skip_short": True,
+    }
 
 
 get_config = config  # what train.py calls
