@@ -17,12 +17,12 @@ quickstart: $(RUN_STAMP)
 quickstart-long: $(RUN_STAMP)
 	$(VENV)/bin/python -m fot_jax.evals.quickstart --long --out $(OUT)-long
 
-# Two processes: most of the time is compilation, which uses one core.
+# Two processes: most of the time is compilation, which uses one core. A file to one of them: what its tests share is made once.
 test: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest -q -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 nightly: $(DEV_STAMP)
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=3" $(VENV)/bin/python -m pytest -q -n 2 -m "" $(ARGS)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=3" $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "" $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .

@@ -19,20 +19,24 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 class Slow(toy.Batches):
-    """Batches of which one takes long to come."""
+    """Batches of which one does not come before `told` says that the wait for it was told, or half a minute is gone."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
 
     def __next__(self):
-        if self.n == 6:
-            time.sleep(1.5)
+        end = time.monotonic() + 30
+        while self.n == 6 and not self.told() and time.monotonic() < end:
+            time.sleep(0.2)
         return super().__next__()
 
 
 def test_a_stalled_step_is_told_with_what_it_waits_for(tmp_path, caplog):
-    training.train(toy.config(stall__factor=3.0, stall__seconds=0.5), tmp_path, Slow())
-    told = [text for r in caplog.records if "has taken" in (text := r.getMessage())]  # a first step may be slow too
-    of_data = [text for text in told if "it waits for data" in text]
-    assert of_data and all(text.startswith("process 0: step 7 has taken") for text in of_data)
-    assert all("in __next__ (test_watching.py" in text for text in of_data)
+    told = lambda: [text for r in caplog.records if "it waits for data" in (text := r.getMessage())]
+    training.train(toy.config(stall__factor=3.0, stall__seconds=0.5), tmp_path, Slow(told))
+    assert told() and all(text.startswith("process 0: step 7 has taken") for text in told())
+    assert all("in __next__ (test_watching.py" in text for text in told())
 
 
 def test_steps_that_take_as_long_as_usual_are_not_told_nor_is_validation(caplog):
