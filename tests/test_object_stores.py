@@ -80,7 +80,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def s3(monkeypatch, tmp_path):
+def forgotten():
+    """What is remembered of stores that were before."""
+    from etils.epath import backend
+
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    for protocol in ("gcs", "gs", "s3"):
+        with contextlib.suppress(Exception):
+            fsspec.get_filesystem_class(protocol).clear_instance_cache()
+
+
+@pytest.fixture
+def s3(forgotten, monkeypatch, tmp_path):
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
@@ -96,7 +107,7 @@ def s3(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def gs(monkeypatch, tmp_path):
+def gs(forgotten, monkeypatch, tmp_path):
     from gcp_storage_emulator.server import create_server
 
     server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
@@ -113,12 +124,6 @@ def gs(monkeypatch, tmp_path):
 @pytest.fixture(params=["gs", "s3"])
 def store(request):
     """URL of a working directory, and the store's proxy."""
-    from etils.epath import backend
-
-    backend.fsspec_backend._get_filesystem.cache_clear()  # of a store that was before
-    for protocol in ("gcs", "gs", "s3"):
-        with contextlib.suppress(Exception):
-            fsspec.get_filesystem_class(protocol).clear_instance_cache()
     return request.getfixturevalue(request.param)
 
 

@@ -19,14 +19,14 @@ import jax
 import numpy as np
 import pytest
 import toy
-from test_object_stores import gs, s3, store
+from test_object_stores import forgotten, gs, s3, store
 
 import fot_jax
 from fot_jax import checkpoint, files, processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
-__all__ = ["gs", "s3", "store"]  # fixtures
+__all__ = ["forgotten", "gs", "s3", "store"]  # fixtures
 # Runs train.py, and writes a checksum of every row of every batch that this process brings. A checkpoint takes a while
 # to get its name, so that there is time to kill in. FAILS is a process that fails with its second batch; NAN a step
 # without a loss.
