@@ -30,7 +30,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from fot_jax import checkpoint, data, files, processes, programs, run_config, staging, training, watching
+from fot_jax import checkpoint, data, exports, files, processes, programs, run_config, staging, training, watching
 from fot_jax.hardware import hardware
 from fot_jax.host import keep_freed_memory, one_line, source, versions
 from fot_jax.tokenizer import Tokenizer, check_vocab
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> int | None:
     if files.store_of(workdir) and not config.data.prepared:
         raise ValueError(f"workdir is {workdir}; wanted config key data.prepared too, a folder for tokenised documents")
     packages = versions("fot-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint")
+    packages |= versions("grain", "numpy", "tensorstore")
     packages |= {"python": platform.python_version(), "source": source()}
     facts = {"versions": packages, "workdir": str(workdir), "config": json.loads(json.dumps(config.to_dict()))}
 
@@ -178,7 +179,9 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
     if group.at.process:  # whose steps stall, only they can say
         log.setLevel(logging.WARNING)
     state = training.train(config, workdir, batches, validation, profile, group)
-    return int(state.step) >= config.steps
+    # Who is stopped while the last exports are made is not done either.
+    left = group.asked and exports.exports_due(workdir, config.export.every)
+    return int(state.step) >= config.steps and not left
 
 
 if __name__ == "__main__":

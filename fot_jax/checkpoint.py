@@ -29,6 +29,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -47,12 +48,24 @@ from fot_jax.config import DtypePolicy, ModelConfig
 PyTree = Any
 _JSON_PARTS = ("data", "run")
 _CHUNK_BYTES = 64 * 2**20  # of an array; what is read or written at a time
+# A checkpoint, one being written, one being copied from a URL; what else lies beside them is not ours.
+_OURS = re.compile(r"\d+|\d+\.orbax-checkpoint-tmp.*|\.\d+\.partial-.*")
 _LOOK_S = 0.1  # how often is looked whether a save has failed
 _GRACE_S = 5.0  # how long Orbax may take to give up a save, once a thread of its own has failed
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names its path and says how to go on."""
+
+
+class _Damaged(CheckpointError):
+    """Files that are not what was saved."""
+
+    def __init__(self, path: files.Location, what: str):
+        others = [step for step in steps(path.parent.parent) if str(step) != path.name]
+        go_on = f"resume from step {others[-1]}" if others else "start again (there is no other checkpoint)"
+        super().__init__(f"the checkpoint {path} is damaged: {what}. Remove that folder to {go_on}.")
+        self.what = what
 
 
 def _context() -> ocp.Context:
@@ -388,8 +401,8 @@ def _staged(workdir: str | os.PathLike) -> pathlib.Path:
 def _remove_incomplete(directory: files.Location, complete: list[int]) -> None:
     """Removes what a killed run left of checkpoints."""
     for entry in directory.iterdir() if directory.is_dir() else ():
-        step = entry.name.removeprefix(".").partition(".")[0]  # with a dot: of a copy from a URL
-        if step.isdecimal() and (entry.name != step or int(step) not in complete):
+        whole = entry.name.isdecimal() and int(entry.name) in complete
+        if _OURS.fullmatch(entry.name) and not whole:
             entry.rmtree(missing_ok=True)
 
 
@@ -445,11 +458,20 @@ def restore(
         if jax.process_index() == 0:
             _fetch_step(there, path)
         _everywhere(f"{there} is on the disk")
+        try:
+            return _restored(path, params, optimizer)
+        except _Damaged as error:  # so is what it is a copy of
+            raise _Damaged(there, error.what) from error
+    return _restored(path, params, optimizer)
+
+
+def _restored(path: pathlib.Path, params: PyTree, optimizer: PyTree) -> tuple[PyTree, PyTree, Any, dict[str, Any]]:
+    """A checkpoint on a disk, or where Orbax reads; see `restore`."""
     flat = named_leaves(optimizer)
     loaded = _load(path, {"params": params, "optimizer": flat, "data": None, "run": None})
     _check_checksums(path, loaded["run"], params=loaded["params"], optimizer=loaded["optimizer"])
     if loaded["run"].pop("data_hash", None) != _hash(loaded["data"]):
-        raise _damaged(path, "another data position than was saved")
+        raise _Damaged(path, "another data position than was saved")
     del loaded["run"]["checksums"]
     leaves = [loaded["optimizer"][name] for name in flat]
     return loaded["params"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves), loaded["data"], loaded["run"]
@@ -498,9 +520,9 @@ def _metadata(path: pathlib.Path, *wanted: str) -> dict[str, PyTree]:
         with _context():
             parts = dict(ocp.checkpointables_metadata(path).metadata)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-        raise _damaged(path, files.first_line(error)) from error
+        raise _Damaged(path, files.first_line(error)) from error
     if missing := [part for part in wanted if parts.get(part) is None]:
-        raise _damaged(path, f"no readable description of {' and '.join(missing)}")
+        raise _Damaged(path, f"no readable description of {' and '.join(missing)}")
     return parts
 
 
@@ -514,7 +536,7 @@ def _load(path: pathlib.Path, wanted: dict[str, Any]) -> dict[str, Any]:
         with _context():
             return ocp.load_checkpointables(path, wanted)
     except Exception as error:
-        raise _damaged(path, files.first_line(error.__cause__ or error)) from error
+        raise _Damaged(path, files.first_line(error.__cause__ or error)) from error
 
 
 class ParamsWriter:
@@ -637,7 +659,7 @@ class ParamsReader:
             paths = [tuple(key["key"] for key in leaf["key_metadata"]) for leaf in described["tree_metadata"].values()]
             self._arrays = {path: self._tensorstore(path, cache_bytes=0) for path in paths}
         except Exception as error:  # JSON of any other kind; TensorStore raises many kinds
-            raise _damaged(self._path, _said(error)) from error
+            raise _Damaged(self._path, _said(error)) from error
         self.leaves = {path: (tuple(array.shape), array.dtype.numpy_dtype) for path, array in self._arrays.items()}
         self._open: tuple[tuple[str, ...], Any] | None = None
         self._sums: dict[tuple[str, ...], dict[tuple[int, ...], int]] = {path: {} for path in self.leaves}
@@ -673,12 +695,12 @@ class ParamsReader:
         try:
             array = self._array(path, len(stack))[stack].read().result()
         except Exception as error:  # TensorStore raises many kinds
-            raise _damaged(self._path, f"{'.'.join(path)}: {_said(error)}") from error
+            raise _Damaged(self._path, f"{'.'.join(path)}: {_said(error)}") from error
         sums, name = self._sums[path], f"params.{'.'.join(path)}"
         sums[stack] = checksum(array, _first(stack, self.leaves[path][0]))
         whole = len(sums) == math.prod(self.leaves[path][0][: len(stack)])
         if whole and sum(sums.values()) % 2**32 != self._checksums.get(name):
-            raise _damaged(self._path, f"other bits than were saved in {name}")
+            raise _Damaged(self._path, f"other bits than were saved in {name}")
         return array
 
 
@@ -715,16 +737,10 @@ def _describe(leaf: Any) -> str:
 def _check_checksums(path: pathlib.Path, run: Any, **parts: PyTree) -> None:
     wanted = run.get("checksums") if isinstance(run, dict) else None
     if not isinstance(wanted, dict):
-        raise _damaged(path, "no checksums of the saved arrays")
+        raise _Damaged(path, "no checksums of the saved arrays")
     wrong = [name for name, total in _checksums(**parts).items() if wanted.get(name) != total]
     if wrong:
-        raise _damaged(path, f"other bits than were saved in {', '.join(wrong[:8])}")
-
-
-def _damaged(path: pathlib.Path, what: str) -> CheckpointError:
-    others = [step for step in steps(path.parent.parent) if str(step) != path.name]
-    go_on = f"resume from step {others[-1]}" if others else "start again (there is no other checkpoint)"
-    return CheckpointError(f"the checkpoint {path} is damaged: {what}. Remove that folder to {go_on}.")
+        raise _Damaged(path, f"other bits than were saved in {', '.join(wrong[:8])}")
 
 
 def _said(error: BaseException) -> str:

@@ -21,7 +21,6 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -449,17 +448,15 @@ class PackedIterator(grain.DatasetIterator):
 
 
 class Batches:
-    """Iterator over batches that are made ahead of time in a thread, and counts the time spent waiting for them.
+    """Iterator over batches that are made ahead of time in a thread.
 
     Attributes:
-        waited_s: seconds that `next` took, in all.
         close: called, ends the thread.
     """
 
     def __init__(self, packed: Packed, *, ahead: int = 4):
         """Args: packed: what to iterate over; ahead: batches kept ready, 0 for no thread."""
         self._iterators = [iter(grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=ahead))]
-        self.waited_s = 0.0
         # Runs at the latest before the interpreter takes grain's modules down; later grain's thread ends with noise.
         self.close = weakref.finalize(self, _close, self._iterators)
 
@@ -467,11 +464,7 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        start = time.perf_counter()
-        try:
-            return next(self._iterators[0])
-        finally:
-            self.waited_s += time.perf_counter() - start
+        return next(self._iterators[0])
 
     def get_state(self) -> dict[str, Any]:
         """State after the last batch handed out, whatever was made ahead."""

@@ -20,6 +20,19 @@ from fot_jax import checkpoint, files, staging
 
 _log = logging.getLogger(__name__)
 _NICE = 10
+_END_S = 10.0  # how long a conversion may take to remove what it has begun; a copy from a URL is left
+
+
+def exports_due(workdir: str | os.PathLike, every: int) -> list[int]:
+    """Steps with a complete checkpoint that are to be exported, every so many, and are not; see `Exports`."""
+    found = checkpoint.steps(workdir) if every else []
+    return [step for step in found if _is_due(files.location(workdir), step, every)]
+
+
+def _is_due(workdir: files.Location, step: int, every: int) -> bool:
+    there = workdir / "exports" / str(step)
+    done = there / staging.COMMITTED if files.store_of(there) else there
+    return bool(every and step and step % every == 0 and not done.exists())
 
 
 class Exports:
@@ -36,20 +49,14 @@ class Exports:
 
     def __init__(self, workdir: str | os.PathLike, every: int, to: str, dtype: str):
         self._workdir, self._every, self._to, self._dtype = files.location(workdir), every, to, dtype
-        self._due: list[int] = []
+        self._due = exports_due(workdir, every)
         self._thread: threading.Thread | None = None
         self._command: subprocess.Popen | None = None
-        self._stopped = False
+        self._stopped, self._starting = False, threading.Lock()
         folder = self._workdir / "exports"
         for left in folder.iterdir() if every and folder.is_dir() else ():
             if left.name.startswith(".") and ".partial-" in left.name:  # of a run that was killed
                 left.rmtree(missing_ok=True)
-        for step in checkpoint.steps(workdir) if every else ():
-            self._saved(step)
-
-    def _saved(self, step: int) -> None:
-        if self._every and step and step % self._every == 0 and not self._done(step):
-            self._due.append(step)
 
     def poll(self, completed: Sequence[int] = ()) -> None:
         """Begins the next export, if one is due and none is under way; never waits.
@@ -57,33 +64,28 @@ class Exports:
         Args:
             completed: steps of checkpoints that are complete now.
         """
-        for step in completed:
-            self._saved(step)
+        self._due += [step for step in completed if _is_due(self._workdir, step, self._every)]
         if self._due and not (self._thread and self._thread.is_alive()):
             self._thread = threading.Thread(target=self._export, args=(self._due.pop(0),), name="export", daemon=True)
             self._thread.start()
 
     def close(self, completed: Sequence[int] = (), *, wait: Callable[[], bool]) -> None:
-        """Finishes what is due as long as `wait()` is true, or leaves it to a run that resumes; see `poll`."""
-        self.poll(completed)
-        while wait() and (self._due or (self._thread and self._thread.is_alive())):
-            self.poll()
+        """Finishes what is due as long as `wait()` is true, and leaves the rest to a run that resumes; see `poll`."""
+        while wait():
+            self.poll(completed)
+            completed = ()
+            if not (self._thread and self._thread.is_alive()):
+                break
             self._thread.join(1.0)
-        self._stopped = True
-        if self._command and self._command.poll() is None:
-            self._command.terminate()
+        with self._starting:
+            self._stopped = True
+            if self._command and self._command.poll() is None:
+                self._command.terminate()
         if self._thread:
-            self._thread.join(60.0)
-
-    def _there(self, step: int) -> files.Location:
-        return self._workdir / "exports" / str(step)
-
-    def _done(self, step: int) -> bool:
-        there = self._there(step)
-        return (there / staging.COMMITTED if files.store_of(there) else there).exists()
+            self._thread.join(_END_S)
 
     def _export(self, step: int) -> None:
-        there = self._there(step)
+        there = self._workdir / "exports" / str(step)
         try:
             with contextlib.ExitStack() as stack:
                 if not files.store_of(self._workdir):
@@ -99,8 +101,6 @@ class Exports:
                 _log.warning("step %d: the export to %s failed: %s", step, there, error)
 
     def _convert(self, workdir: pathlib.Path, step: int, destination: pathlib.Path) -> None:
-        if self._stopped:
-            raise RuntimeError("the run ended before it began")
         destination.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,
@@ -116,7 +116,10 @@ class Exports:
         command += ["--dtype", self._dtype] if self._dtype else []
         if nice := shutil.which("nice"):
             command = [nice, "-n", str(_NICE), *command]
-        self._command = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with self._starting:
+            if self._stopped:
+                raise RuntimeError("the run ended before it began")
+            self._command = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         errors = self._command.communicate()[1].strip()
         if self._command.returncode:
             raise RuntimeError(errors.splitlines()[-1] if errors else f"ended with {self._command.returncode}")

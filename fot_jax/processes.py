@@ -36,6 +36,8 @@ _RETRY_S = 0.2
 _GRACE_S = 15.0
 # How long process 0, which has JAX's service, stays after a loss, so that the others hear of it from us.
 _FAREWELL_S = 5.0
+# How many of the processes that did come a message names.
+_NAMED = 8
 # How long the news of a loss may take to come here, once its consequences have.
 _NEWS_S = 3.0
 _DAY_S = 24 * 3600.0
@@ -215,13 +217,14 @@ class Group:
         at: Place | None = None,
         lines: dict[int, socket.socket] | None = None,
         hosts: dict[int, str] | None = None,
-        stopped_status: int | None = None,
+        stopped_status: int = 0,
+        begun: bool = False,
     ):
         self.at = at or Place("", 1, 0)
         self.saving: Callable[[], bool] = lambda: False
         self.saved: Callable[[], int | None] = lambda: None
         self.broken: Callable[[], bool] = lambda: False
-        self._stopped_status, self._begun = stopped_status or 0, stopped_status is None
+        self._stopped_status, self._begun = stopped_status, begun
         self._status, self._failed = 1, False  # of a process that ends because of an error; whether of its own
         self._lines, self._hosts = lines or {}, hosts or {}
         self._said: dict[int, queue.SimpleQueue] = {number: queue.SimpleQueue() for number in self._lines}
@@ -307,9 +310,10 @@ class Group:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Takes SIGTERM and SIGINT inside: the first that this process gets asks the run to end, see `stop`; the next
-        is as without us. Before the first step of what `together` has started there is nothing to save, and all
-        processes end at once. A signal that is ignored (SIGINT, in what a shell starts in the background) stays so.
+        """Takes SIGTERM and SIGINT inside: they ask the run to end, see `stop`. A second SIGINT is as without us; not
+        so a second SIGTERM, which schedulers send while there is still time to save. Before the first step of what
+        `together` has started there is nothing to save, and all processes end at once. A signal that is ignored
+        (SIGINT, in what a shell starts in the background) stays so.
 
         (JAX's preemption service would do for SIGTERM, but for runs that resume: it counts steps from 0, and Orbax
         counts along.)
@@ -319,7 +323,8 @@ class Group:
             return
 
         def note(number: int, frame: Any) -> None:
-            signal.signal(number, before[number])
+            if number == signal.SIGINT:
+                signal.signal(number, before[number])
             # In a thread: this one may hold a lock.
             name = signal.Signals(number).name
             act = self._ask if self._begun else self._end_unbegun
@@ -564,9 +569,11 @@ def _gathered(at: Place, deadline: float) -> tuple[dict[int, socket.socket], dic
                 lines[number], hosts[number] = _kept_alive(line), str(hello["host"])
     answer = ""
     if missing := sorted(set(range(at.processes)) - set(hosts)):
-        came = ", ".join(f"{number} on {host}" for number, host in sorted(hosts.items()))
+        came = [f"{number} on {host}" for number, host in sorted(hosts.items())]
+        more = f" and {len(came) - _NAMED} more" if len(came) > _NAMED else ""
         names = ", ".join(map(str, missing))
-        answer = f"process{'es' if len(missing) > 1 else ''} {names} of {at.processes} did not come; there are {came}"
+        answer = f"process{'es' if len(missing) > 1 else ''} {names} of {at.processes} did not come; there are "
+        answer += ", ".join(came[:_NAMED]) + more
     for line in lines.values():
         with contextlib.suppress(OSError):
             _tell(line, {"answer": answer, "host": hosts[0]})
@@ -584,7 +591,7 @@ def _joined(at: Place, deadline: float) -> tuple[dict[int, socket.socket], dict[
             line = _kept_alive(socket.create_connection((host.strip("[]"), int(port)), timeout=left))
             _tell(line, {"process": at.process, "host": mine})
             line.settimeout(left + timeout_s + _GRACE_S)  # process 0 may have begun to wait just now
-            answer = _read_line(line)
+            answer = _read_line(line, 2**20)  # it may name thousands of processes
             if answer["answer"]:
                 raise ProcessError(answer["answer"])
             line.settimeout(None)
@@ -608,11 +615,11 @@ def _closed(line: socket.socket) -> bool:
         return True
 
 
-def _read_line(line: socket.socket) -> dict[str, Any]:
-    """A message, and not a byte of the next."""
+def _read_line(line: socket.socket, longest: int = 4096) -> dict[str, Any]:
+    """A message of at most so many bytes, and not a byte of the next."""
     said = b""
     while not said.endswith(b"\n"):
-        if not (more := line.recv(1)) or len(said) > 4096:
+        if not (more := line.recv(1)) or len(said) > longest:
             raise ValueError("the connection closed, or says something else")
         said += more
     return json.loads(said)

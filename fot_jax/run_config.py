@@ -342,7 +342,8 @@ def plan_at(config: ConfigDict, step: int, switched_at: int | None = None) -> cr
     late = {
         "switch_step": step > c.switch_step,
         "switch_accuracy": switched_at is not None and step >= switched_at,
-        "draw": np.random.default_rng([config.seed, step]).integers(len(c.contexts)),
+        # RandomState's results are frozen: processes, and who resumes, may have other versions of NumPy.
+        "draw": np.random.RandomState([config.seed, step]).randint(len(c.contexts)),
     }
     return make_plan(config, c.contexts[int(late.get(c.schedule, 0))])
 

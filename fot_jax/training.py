@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from fot_jax import attention, checkpoint, crossbatch, files, model, processes, programs, run_config, sharding
 from fot_jax.config import ModelConfig, check_target
-from fot_jax.exports import Exports
+from fot_jax.exports import Exports, exports_due
 from fot_jax.losses import Batch
 from fot_jax.metrics import Meter, Metrics, flops_per_token
 from fot_jax.mirror import Mirror
@@ -226,7 +226,7 @@ def train(
         TrainingError: numbers that are not finite, whose batch is kept in `workdir/refused`; or data that ended. The
             last checkpoint is from before.
     """
-    group = group or processes.Group()
+    group = group or processes.Group(begun=True)
     if group.at.processes != jax.process_count():
         raise ValueError(f"group is of {group.at.processes} processes; wanted that of all {jax.process_count()}")
     model_config, mesh = check(config, workdir)
@@ -253,15 +253,16 @@ def train(
         if jax.process_index() == 0:
             files.write_json(workdir / "config.json", config.to_dict())
             exports = Exports(workdir, **config.export)
-            wait = lambda: step == config.steps and not group.asked
-            closing.push(lambda failed, *_: exports.close(saved.completed(), wait=bool if failed else wait))
-        closing.callback(saved.close)
+            wait = lambda failed: not failed and step == config.steps and not group.asked
+            closing.push(lambda failed, *_: exports.close(saved.completed(), wait=lambda: wait(failed)))
+        stalls = Stalls(**config.stall)
+        closing.callback(stalls.close)
+        closing.callback(lambda: _closed(saved, stalls))
         metrics = Metrics(workdir, step, config.steps, config.wandb, config.to_dict())
         closing.callback(metrics.close)
         tracing = Profile(traced.local if traced else None, profile)
         closing.callback(tracing.close)
-        stalls, meter = Stalls(**config.stall), Meter(run_config.peak_flops(config, mesh.size))
-        closing.callback(stalls.close)
+        meter = Meter(run_config.peak_flops(config, mesh.size))
         # Before all that, the others are told, who may wait for this process in a collective or a save.
         closing.push(lambda _, error, __: group.leave(error) if error else None)
 
@@ -291,7 +292,8 @@ def train(
             saved.poll()
             if jax.process_index() == 0:
                 exports.poll(saved.completed())
-            stopped = group.stop(step)
+            with stalls.at("the other processes, to stop with the same step"):
+                stopped = group.stop(step)
             last = step == config.steps or bool(stopped)
             # Validation comes before the save, so that a run killed in between does it again; who asks a run to
             # stop should not have to wait for it.
@@ -306,6 +308,15 @@ def train(
                 rest = {"step": state.step, "opt_state": state.opt_state}
                 with stalls.at(f"the checkpoint of step {step}, or the one before"):
                     saved.save(step, state.params, rest, batches.get_state(), run)
-    if step < config.steps and jax.process_index() == 0:
-        _log.warning("stopped by %s after step %d, which is saved; the same command resumes", stopped, step)
+    if group.asked and jax.process_index() == 0:
+        if step < config.steps:
+            _log.warning("stopped by %s after step %d, which is saved; the same command resumes", group.asked, step)
+        elif left := exports_due(workdir, config.export.every):
+            steps = ", ".join(map(str, left))
+            _log.warning("stopped by %s before the export of step %s; the same command makes it", group.asked, steps)
     return state
+
+
+def _closed(saved: checkpoint.Checkpoints, stalls: Stalls) -> None:
+    with stalls.at("the last checkpoint"):
+        saved.close()

@@ -181,8 +181,10 @@ def test_half_written_checkpoints_are_not_seen_and_are_removed(workdir):
     shutil.copytree(workdir / "checkpoints" / "12", half)
     assert checkpoint.steps(workdir)[-1] == 12
     assert half.exists()  # reading removes nothing: a training may be writing it
+    aside = (workdir / "checkpoints" / "10").rename(workdir / "checkpoints" / "10.damaged")
     checkpoint.Checkpoints(workdir, CONFIG, save_every=1, keep_last=2).close()
     assert not half.exists() and checkpoint.steps(workdir)[-1] == 12
+    assert aside.exists()  # what is not ours to remove
 
 
 def test_a_save_that_took_too_long_has_failed(tmp_path, monkeypatch):

@@ -487,7 +487,6 @@ def test_resuming_twice_gives_the_same_batches(ahead):
             batches.set_state(json.loads(state))
         runs += [next(batches) for _ in range(steps)]
         state = json.dumps(batches.get_state())
-        assert batches.waited_s > 0
         batches.close()
     assert len(runs) == 30 and all(map(same, runs, whole))
     assert not same(whole[0], whole[1])

@@ -174,3 +174,9 @@ def test_a_run_in_an_object_store(store, whole, tmp_path):
     shutil.rmtree(tmp_path / "disk", ignore_errors=True)
     training.train(toy.config(**OPTIONS, steps=12), url, toy.Batches())
     assert checkpoint.steps(url) == [4, 8, 10, 12]
+
+    # A damaged one is named as it lies there.
+    shutil.rmtree(tmp_path / "disk", ignore_errors=True)
+    (there / "checkpoints" / "12" / "data" / "data.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match=f"the checkpoint {url}/checkpoints/12 is damaged.*step 10"):
+        training.train(toy.config(**OPTIONS, steps=14), url, toy.Batches())

@@ -230,9 +230,12 @@ def test_two_processes_do_what_one_does(start, whole, tmp_path):
 
 @pytest.mark.slow
 def test_stopped_and_resumed_by_other_numbers_of_processes(start, whole, tmp_path):
+    """On another mesh each time, too."""
     workdir, seen = tmp_path / "run", []
-    for count in (2, 1, 4):
-        started, before = start(workdir, count), max(losses(workdir), default=0)
+    for count, *mesh in (2, 2, 4, 1), (1, 1, 8, 1), (4, 2, 2, 2):
+        shape = zip(("data", "fsdp", "tensor"), mesh, strict=True)
+        started = start(workdir, count, *(f"--config.mesh.{axis}={size}" for axis, size in shape))
+        before = max(losses(workdir), default=0)
         if count != 4:
             assert wait_for(started, lambda before=before: max(losses(workdir), default=0) >= before + 4)
             started[-1].terminate()  # one of them is told, all stop
@@ -333,15 +336,33 @@ def test_killed_at_random_moments(start, whole, tmp_path, seed):
         return True
 
     seen = killed(start, workdir, which, ready)
+    assert seen is not None
+    if seed % 4 == 3:  # once more while they start: they meet, read the checkpoint, or compile
+        seen += killed_at_the_start(start, workdir, moments)
     finish(start(workdir, 2))
-    assert seen is not None and seen + rows(workdir, 2) == whole[1]
+    assert seen + rows(workdir, 2) == whole[1]
     assert_same_outcome(workdir, whole[0])
+
+
+def killed_at_the_start(start, workdir, moments):
+    """The rows of the steps that a resumed run still saved, one of whose processes was killed within some seconds."""
+    before, which = (checkpoint.steps(workdir) or [0])[-1], moments.randrange(2)
+    started = start(workdir, 2, "--start_timeout=20")
+    time.sleep(moments.uniform(1.0, 10.0))
+    started[which].kill()
+    errors = started[1 - which].communicate(timeout=60)[1]
+    assert started[1 - which].returncode == 1, errors
+    assert "is gone, without a word" in errors or "did not come" in errors, errors
+    started[which].communicate()
+    for i in range(2):
+        pathlib.Path(f"{workdir}.2.{i}.rows").touch()
+    return rows(workdir, 2)[: (checkpoint.steps(workdir) or [0])[-1] - before]
 
 
 def test_a_missing_process_is_named(start, tmp_path):
     started = start(tmp_path, 3, "--start_timeout=5", only=(0, 2))
     for process in started:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=60)  # with Python's start and JAX's
         assert process.returncode == 1 and "process 1 of 3 did not come; there are 0 on" in errors, errors
     assert not (tmp_path / "checkpoints").exists()
     (alone,) = start(tmp_path, 2, "--start_timeout=3", only=(1,))
@@ -357,6 +378,22 @@ def test_a_process_that_fails_tells_the_others(start, tmp_path):
     assert "OSError: the disk of this host is gone" in failed and "Traceback" in failed
     assert "ended: OSError: the disk of this host is gone; process 0 on" in whole
     assert "There is no checkpoint yet" in whole
+
+
+def test_of_many_processes_those_that_are_missing_are_named(monkeypatch):
+    monkeypatch.setattr(processes.socket, "gethostname", lambda: "a-host-whose-name-is-as-long-as-those-of-clouds")
+    port, count, there = free_port(), 300, 120
+    place = lambda i: processes.Place(f"127.0.0.1:{port}", count, i)
+
+    def one(i):
+        with pytest.raises(processes.ProcessError) as caught:
+            (processes._joined if i else processes._gathered)(place(i), time.monotonic() + 8.0)
+        return str(caught.value)
+
+    with concurrent.futures.ThreadPoolExecutor(there) as pool:
+        (said,) = set(pool.map(one, range(there)))
+    assert said.startswith("processes 120, 121, ") and ", 299 of 300 did not come; there are 0 on a-host" in said
+    assert said.endswith("7 on a-host-whose-name-is-as-long-as-those-of-clouds and 112 more")
 
 
 def test_texts_that_differ_are_shown(start, tmp_path):
@@ -427,8 +464,10 @@ def test_a_group_of_one_stops_after_the_step_under_way():
         os.kill(os.getpid(), signal.SIGTERM)
         while not group.asked:
             time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
         assert group.stop(8) == "SIGTERM"
-        assert signal.getsignal(signal.SIGTERM) is before[signal.SIGTERM]  # a second one is as without us
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT]  # a second one is as without us
     assert {number: signal.getsignal(number) for number in before} == before
 
 

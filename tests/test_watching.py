@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
+import threading
 import time
 import types
 
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 import toy
 
-from fot_jax import formats, mirror, programs, training, watching
+from fot_jax import checkpoint, exports, formats, mirror, programs, training, watching
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -40,13 +43,13 @@ def test_a_stalled_step_is_told_with_what_it_waits_for(tmp_path, caplog):
 
 
 def test_steps_that_take_as_long_as_usual_are_not_told_nor_is_validation(caplog):
-    stalls = watching.Stalls(factor=10.0, seconds=0.1)
+    stalls = watching.Stalls(factor=10.0, seconds=0.5)
     for step in range(1, 30):
         stalls.begin(step)
         time.sleep(0.001)
         if step % 10 == 0:
             with stalls.paused("validation"):
-                time.sleep(0.15)
+                time.sleep(0.75)
     stalls.close()
     assert not [r for r in caplog.records if "has taken" in r.getMessage()]
 
@@ -120,6 +123,46 @@ def test_an_export_that_fails_is_a_warning(tmp_path, caplog, monkeypatch):
     training.train(toy.config(export__every=4, model__n_kv_heads=4), tmp_path, toy.Batches())
     assert [r for r in caplog.records if "step 4: the export to" in r.getMessage()]
     assert not (tmp_path / "exports" / "4").exists()
+
+
+@pytest.fixture
+def endless_exports(tmp_path, monkeypatch):
+    """Conversions that never end; the file that is there when one has begun."""
+    begun, command = tmp_path / "begun", tmp_path / "convert"
+    command.write_text(f"#!/bin/sh\necho $$ > {begun}\nexec sleep 600\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    return begun
+
+
+def wait_for(path):
+    while not (path.exists() and path.read_text().endswith("\n")):
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def test_who_stops_a_run_does_not_wait_for_exports(tmp_path, caplog, endless_exports):
+    workdir, config = tmp_path / "run", toy.config(export__every=4, model__n_kv_heads=4)
+    killer = threading.Thread(target=lambda: wait_for(endless_exports) and os.kill(os.getpid(), signal.SIGTERM))
+    killer.start()
+    training.train(config, workdir, toy.Batches())
+    killer.join()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(endless_exports.read_text()), 0)
+    if checkpoint.steps(workdir)[-1] == config.steps:
+        (said,) = (text for r in caplog.records if "stopped by SIGTERM" in (text := r.getMessage()))
+        assert "before the export of step 4, 8; the same command makes it" in said
+    assert exports.exports_due(workdir, 4)[0] == 4
+
+
+def test_who_ends_begins_no_export(tmp_path, endless_exports):
+    training.train(toy.config(steps=4), tmp_path / "run", toy.Batches())
+    exporting = exports.Exports(tmp_path / "run", 4, "hf", "")
+    exporting.close([4], wait=lambda: False)
+    assert not endless_exports.exists() and exports.exports_due(tmp_path / "run", 4) == [4]
+    exporting.poll()  # one that was begun just before is stopped
+    exporting.close(wait=lambda: False)
+    assert not exporting._thread.is_alive()
 
 
 def test_weights_and_biases_gets_what_the_file_gets(tmp_path, monkeypatch):
