@@ -73,15 +73,6 @@ def lines(workdir):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def being_saved(workdir, step):
-    """Whether some bytes of a step's arrays are written, but the step is not whole."""
-    half = pathlib.Path(workdir) / "checkpoints" / f"{step}.orbax-checkpoint-tmp"
-    try:
-        return any(half.glob("*/**/d/*"))
-    except OSError:  # renamed meanwhile
-        return False
-
-
 def outcome(workdir):
     """Every array of the last checkpoint and the data position, and the loss of every step."""
     assert checkpoint.steps(workdir)[-1] == STEPS
@@ -107,7 +98,7 @@ def uninterrupted(run, tmp_path_factory):
 
 def test_killed_between_saves_and_during_one(run, uninterrupted, tmp_path):
     assert kill_when(run(tmp_path), lambda: lines(tmp_path) >= 5)
-    assert kill_when(run(tmp_path), lambda: being_saved(tmp_path, 8))
+    assert kill_when(run(tmp_path), lambda: toy.being_saved(tmp_path, 8))
     assert checkpoint.steps(tmp_path)[-1] < STEPS
     assert "resuming from step" in finish(run(tmp_path))
     assert_same(outcome(tmp_path), uninterrupted)

@@ -65,15 +65,26 @@ def config(**changes: Any) -> ConfigDict:
     return c
 
 
+def being_saved(workdir: Any, step: int | str = "*") -> bool:
+    """Whether some bytes of a step's arrays are written, by default of any step's, but the checkpoint is not whole."""
+    try:
+        return any((pathlib.Path(workdir) / "checkpoints").glob(f"{step}.orbax-checkpoint-tmp/*/**/d/*"))
+    except OSError:  # renamed meanwhile
+        return False
+
+
 def data_options(folder: pathlib.Path) -> dict[str, Any]:
     """Configuration keys of train.py for texts and a tokenizer that are made in a folder."""
     from fot_jax.tokenizer import train_tokenizer
 
-    sources = sorted((pathlib.Path(__file__).parent.parent / "fot_jax").glob("*.py"))
+    random = np.random.RandomState(0)
+    words = ["".join(random.choice(list("aeioubdgklmnprst"), random.randint(2, 9))) for _ in range(300)]
+    often = 1 / np.arange(1, 301)
+    texts = [" ".join(random.choice(words, 1000, p=often / often.sum())) for _ in range(30)]
     (folder / "text").mkdir()
-    for path in sources:
-        (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
-    train_tokenizer((path.read_text() for path in sources), folder / "tokenizer.model", 400)
+    for number, text in enumerate(texts):
+        (folder / "text" / f"{number}.txt").write_text(text)
+    train_tokenizer(texts, folder / "tokenizer.model", 400)
     return {
         "model.vocab_size": 400,
         "data.train": f"('{folder / 'text'}',)",
