@@ -89,8 +89,8 @@ def start(tmp_path_factory):
         "mesh.fsdp": 4,
         "data.prepared": shared / "prepared",
         "checkpoint.every": 5,
-        # Steps that are small beside the parameters, as a real run's: where a gradient is nearly zero, Adam makes one of
-        # its rounding.
+        # Steps that are small beside the parameters, as a real run's: of a gradient that is nearly zero Adam makes a
+        # step of its rounding.
         "optimizer.learning_rate": 1e-3,
     }
     (shared / "record.py").write_text(RECORD)
