@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int | None:
 
 
 def run(config: ConfigDict, workdir: files.Location, group: processes.Group, profile: tuple[int, int] | None) -> bool:
-    """Checks, then data, then training, by all processes; whether all steps are done."""
+    """Checks, then data, then training, by all processes; whether all steps are done, and exported."""
     stated = _CACHE.value or jax.config.jax_compilation_cache_dir
     # A CPU's programs are compiled in seconds, and are for the machine that they were compiled on.
     if _CACHE.value != "none" and (stated or jax.default_backend() != "cpu"):
@@ -179,9 +179,10 @@ def run(config: ConfigDict, workdir: files.Location, group: processes.Group, pro
     if group.at.process:  # whose steps stall, only they can say
         log.setLevel(logging.WARNING)
     state = training.train(config, workdir, batches, validation, profile, group)
-    # Who is stopped while the last exports are made is not done either.
-    left = group.asked and exports.exports_due(workdir, config.export.every)
-    return int(state.step) >= config.steps and not left
+    if int(state.step) < config.steps:
+        return False
+    group.wait()  # for process 0, which may be making the last exports
+    return not (group.asked and exports.exports_due(workdir, config.export.every))
 
 
 if __name__ == "__main__":

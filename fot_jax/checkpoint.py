@@ -59,12 +59,15 @@ class CheckpointError(RuntimeError):
 
 
 class _Damaged(CheckpointError):
-    """Files that are not what was saved."""
+    """Files that are not what was saved, or, where it is read from a copy, are not in the copy."""
 
-    def __init__(self, path: files.Location, what: str):
+    def __init__(self, path: files.Location, what: str, copy: files.Location | None = None):
         others = [step for step in steps(path.parent.parent) if str(step) != path.name]
         go_on = f"resume from step {others[-1]}" if others else "start again (there is no other checkpoint)"
-        super().__init__(f"the checkpoint {path} is damaged: {what}. Remove that folder to {go_on}.")
+        remove = "Remove that folder"
+        if copy:
+            remove = f"Remove its copy {copy}, which is made again; if that is damaged too, remove the folder itself"
+        super().__init__(f"the checkpoint {path} is damaged: {what}. {remove} to {go_on}.")
         self.what = what
 
 
@@ -460,8 +463,8 @@ def restore(
         _everywhere(f"{there} is on the disk")
         try:
             return _restored(path, params, optimizer)
-        except _Damaged as error:  # so is what it is a copy of
-            raise _Damaged(there, error.what) from error
+        except _Damaged as error:
+            raise _Damaged(there, error.what, copy=path) from error
     return _restored(path, params, optimizer)
 
 

@@ -74,7 +74,7 @@ class Exports:
         while wait():
             self.poll(completed)
             completed = ()
-            if not (self._thread and self._thread.is_alive()):
+            if not (self._due or (self._thread and self._thread.is_alive())):
                 break
             self._thread.join(1.0)
         with self._starting:
@@ -91,7 +91,9 @@ class Exports:
                 if not files.store_of(self._workdir):
                     self._convert(pathlib.Path(self._workdir), step, pathlib.Path(there))
                 else:
-                    here = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fot_jax-")))
+                    # What is left behind copies there until the program ends.
+                    folder = tempfile.TemporaryDirectory(prefix="fot_jax-", ignore_cleanup_errors=True)
+                    here = pathlib.Path(stack.enter_context(folder))
                     checkpoint.fetch(self._workdir, here, step)
                     self._convert(here, step, here / "export")
                     staging.upload(here / "export", there)

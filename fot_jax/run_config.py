@@ -172,6 +172,9 @@ def check_config(config: ConfigDict) -> None:
     for key, lowest in least.items():
         if (value := _get(config, key)) < lowest:
             raise ValueError(f"config key {key} is {value}; wanted at least {lowest}")
+    for key in ("seed", "data.seed"):
+        if (value := _get(config, key)) >= 2**32:
+            raise ValueError(f"config key {key} is {value}; wanted less than 2**32")
     for key in ("export.every", "checkpoint.keep_every"):
         if (value := _get(config, key)) % config.checkpoint.every:
             raise ValueError(

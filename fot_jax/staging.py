@@ -5,12 +5,14 @@ A copy is complete when it has the file `COMMITTED`, written last, as Orbax itse
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import hashlib
 import os
 import pathlib
+import queue
 import shutil
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import fsspec
@@ -67,15 +69,30 @@ def download(there: files.Location, step: pathlib.Path, without: Sequence[str] =
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _at_once(transfer: Callable[[Any], None], names: Collection[Any]) -> None:
-    """Some files at a time; the first error, when all that were begun are through."""
-    with concurrent.futures.ThreadPoolExecutor(_TRANSFERS) as pool:
-        under_way = [pool.submit(transfer, name) for name in names]
-        try:
-            for one in under_way:
-                one.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+def _at_once(transfer: Callable[[Any], None], names: Iterable[Any]) -> None:
+    """Some files at a time; the first error, when all that were begun are through. A program that ends does not wait
+    for these threads, if for the one that waits here.
+    """
+    left, errors = queue.SimpleQueue(), []
+    for name in names:
+        left.put(name)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while not errors:
+                name = left.get_nowait()
+                try:
+                    transfer(name)
+                except Exception as error:
+                    errors.append(error)
+
+    threads = [threading.Thread(target=work, name="transfer", daemon=True) for _ in range(_TRANSFERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def copied(

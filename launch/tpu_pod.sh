@@ -7,7 +7,7 @@
 #   launch/tpu_pod.sh copy FILE...                 # to fot_jax/ on all workers: a tokenizer, texts, a model
 #   launch/tpu_pod.sh train --config=configs/longllama_3b.py:v5e:8x8 --workdir="$BUCKET/run" ...
 #   launch/tpu_pod.sh logs                         # follows process 0
-#   launch/tpu_pod.sh stop                         # SIGTERM: the run saves and ends
+#   launch/tpu_pod.sh stop                         # SIGTERM: the run saves and ends (kill: what hangs)
 #   launch/tpu_pod.sh train ...                    # the same flags: goes on from there
 #   launch/tpu_pod.sh delete
 #
@@ -87,9 +87,10 @@ case "$command" in
     ;;
   logs) on 0 "tail -n 100 -F $folder/train.log" ;;
   stop) on all "kill -TERM \$(cat $folder/train.pid) && tail --pid=\$(cat $folder/train.pid) -f /dev/null" ;;
+  kill) on all "kill -KILL \$(cat $folder/train.pid)" ;;
   delete) run gcloud compute tpus queued-resources delete "$NAME" --zone="$ZONE" --force ;;
   *)
-    echo "launch/tpu_pod.sh $command; wanted create, setup, copy, train, logs, stop or delete" >&2
+    echo "launch/tpu_pod.sh $command; wanted create, setup, copy, train, logs, stop, kill or delete" >&2
     exit 2
     ;;
 esac

@@ -160,6 +160,7 @@ def test_commands_for_a_tpu_pod(tmp_path):
             brought.write("old.py\n")
     script(tmp_path, "gcloud", f'#!/bin/sh\nprintf "%s\\n" "$*" >> {tmp_path}/asked\necho ACTIVE\n')
     assert asked("go")[0] == 2 and "wanted create, setup" in asked("go")[2]
+    assert asked("kill")[1][0].count("kill -KILL") == 1
     assert asked("stop")[1][0].count("kill -TERM") == 1 and asked("logs")[1][0].count("--worker=0") == 1
     status, nothing, printed = asked("delete", DRY_RUN="1")
     assert status == 0 and not nothing and "+ gcloud compute tpus queued-resources delete fot" in printed

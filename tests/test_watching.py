@@ -136,14 +136,17 @@ def endless_exports(tmp_path, monkeypatch):
 
 
 def wait_for(path):
+    end = time.monotonic() + 60
     while not (path.exists() and path.read_text().endswith("\n")):
+        assert time.monotonic() < end
         time.sleep(0.01)
     return path.read_text()
 
 
 def test_who_stops_a_run_does_not_wait_for_exports(tmp_path, caplog, endless_exports):
     workdir, config = tmp_path / "run", toy.config(export__every=4, model__n_kv_heads=4)
-    killer = threading.Thread(target=lambda: wait_for(endless_exports) and os.kill(os.getpid(), signal.SIGTERM))
+    kill = lambda: wait_for(endless_exports) and os.kill(os.getpid(), signal.SIGTERM)
+    killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     training.train(config, workdir, toy.Batches())
     killer.join()
@@ -163,6 +166,16 @@ def test_who_ends_begins_no_export(tmp_path, endless_exports):
     exporting.poll()  # one that was begun just before is stopped
     exporting.close(wait=lambda: False)
     assert not exporting._thread.is_alive()
+
+
+def test_what_is_due_when_an_export_ends_is_not_left(tmp_path, monkeypatch):
+    """Whether one is under way may change between two looks."""
+    exporting, done = exports.Exports(tmp_path, 4, "hf", ""), []
+    monkeypatch.setattr(exporting, "_export", done.append)
+    answers = iter([True, False])
+    exporting._thread = types.SimpleNamespace(is_alive=lambda: next(answers), join=lambda timeout: None)
+    exporting.close([4, 8], wait=lambda: True)
+    assert done == [4, 8]
 
 
 def test_weights_and_biases_gets_what_the_file_gets(tmp_path, monkeypatch):
