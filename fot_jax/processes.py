@@ -11,7 +11,9 @@ The network is trusted, as JAX's own service trusts it: nothing here asks who is
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import faulthandler
 import json
 import logging
 import os
@@ -183,6 +185,7 @@ def together(
             raise
         try:
             jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
+            _let_abort_wait()
             jax.distributed.initialize(
                 at.coordinator,
                 at.processes,
@@ -199,6 +202,23 @@ def together(
     group.leave()
 
 
+def _let_abort_wait() -> None:
+    """Makes `abort` take six seconds.
+
+    JAX, which can be told nothing else, aborts who loses process 0, and from a thread that does not wait for Python's
+    lock. The thread that says what was lost, and ends the process, has to.
+    """
+    with_traces = faulthandler.is_enabled()
+    faulthandler.disable()
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal.restype = ctypes.c_void_p
+    # A handler is called with the signal's number, and may call nothing of Python's. When it returns, `abort` goes on.
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    if with_traces:
+        faulthandler.enable()  # before it, as it was
+
+
 class Group:
     """The processes of a run, as one of them hears of the others: process 0 of all, the others of process 0.
 
@@ -209,7 +229,7 @@ class Group:
             or another's, stays until it is.
         broken: whether a checkpoint has failed here, so that the others' part of it will never be completed.
         saved: step of the last checkpoint that is known to be whole, 0 for none, None where it is not known. It may not
-            ask a disk: JAX aborts who loses process 0 within a tenth of a second.
+            ask a disk: JAX aborts who loses process 0, see `_let_abort_wait`.
     """
 
     def __init__(

@@ -28,8 +28,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 20
 __all__ = ["forgotten", "gs", "s3", "store"]  # fixtures
 # Runs train.py, and writes a checksum of every row of every batch that this process brings. A checkpoint takes a while
-# to get its name, so that there is time to kill in. FAILS is a process that fails with its second batch; NAN a step
-# without a loss.
+# to get its name, so that there is time to kill in. FAILS is a process that fails with its second batch; BUSY one that
+# then has Python to itself for seconds at a time; NAN a step without a loss.
 RECORD = """
 import hashlib, json, os, sys, time
 import jax, train
@@ -42,6 +42,11 @@ class Recorded(rows):
     def together(self, batch):
         if os.environ.get("FAILS") == str(jax.process_index()) and steps:
             raise OSError("the disk of this host is gone")
+        if os.environ.get("BUSY") == str(jax.process_index()) and steps:
+            open(path + ".busy", "w").close()
+            sys.setswitchinterval(2.0)
+            while True:
+                pass
         steps.append(1)
         sums = {int(n): hashlib.sha1(b"".join(batch[k][i].tobytes() for k in sorted(batch))).hexdigest()
                 for i, n in enumerate(self.numbers)}
@@ -314,6 +319,17 @@ def test_all_of_many_processes_say_which_is_lost(start, tmp_path):
         assert started[i].returncode == 1 and "process 2 on" in errors and "is gone, without a word" in errors, errors
     assert time.monotonic() - killed < 60
     started[2].communicate()
+
+
+@pytest.mark.slow
+def test_who_is_busy_still_says_what_is_lost_before_jax_aborts(start, tmp_path):
+    started = start(tmp_path / "run", 2, BUSY="1")
+    assert wait_for(started, (tmp_path / "run.2.1.rows.busy").exists)
+    started[0].kill()
+    errors = started[1].communicate(timeout=60)[1]
+    assert started[1].returncode == 1 and "process 0 on" in errors and "is gone, without a word" in errors, errors
+    assert "Terminating process because" in errors  # JAX's
+    started[0].communicate()
 
 
 @pytest.mark.slow
