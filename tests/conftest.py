@@ -15,6 +15,9 @@ given = os.environ.get("XLA_FLAGS", "")
 missing = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
 
+# Before gcsfs is imported, which would ask Google, again for each file, what kind of bucket it is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 import hypothesis
 import jax
 import pytest

@@ -37,6 +37,7 @@ class Proxy(http.server.ThreadingHTTPServer):
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is two small writes
 
     def _pass_on(self):
         length = int(self.headers.get("Content-Length") or 0)
@@ -114,7 +115,6 @@ def gs(forgotten, monkeypatch, tmp_path):
     server.start()
     proxy = Proxy(server._api._httpd.server_port)
     monkeypatch.setenv("FOT_JAX_STAGING", str(tmp_path / "disk"))
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it would ask Google what kind of bucket it is
     for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
         monkeypatch.setenv(name, proxy.url)
     yield "gs://bucket/run", proxy
