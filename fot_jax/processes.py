@@ -93,6 +93,7 @@ def place(
         return None
     coordinator, devices = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", ""), None
     if processes is None and process is None:
+        launched, why = _launched(), ""
         # The part of JAX that asks clusters is not public; nothing else says it before JAX starts.
         from jax._src import clusters
 
@@ -106,14 +107,17 @@ def place(
                 initialization_timeout=max(10, int(timeout_s)),
             )
         except (RuntimeError, OSError) as error:
-            raise ProcessError(f"the other processes cannot be found: {error}") from error
+            if not (launched and launched[0]):
+                raise ProcessError(f"the other processes cannot be found: {error}") from error
+            # As of Open MPI 5, for which JAX wants mpi4py; the launcher says all but where process 0 is.
+            found, why = (coordinator, None, None, None), f" ({error})"
         coordinator, processes, process, devices = found
-        if processes is None and (launched := _launched()):
+        if processes is None and launched:
             if not coordinator:
                 which = f"{launched[1]} of {launched[0]}" if launched[0] else str(launched[1])
                 raise ValueError(
-                    f"this is process {which}, as its launcher says, but not where process 0 is; wanted coordinator, "
-                    "HOST:PORT, or processes 1 where each is to run for itself"
+                    f"this is process {which}, as its launcher says, but not where process 0 is{why}; wanted "
+                    "coordinator, HOST:PORT, or processes 1 where each is to run for itself"
                 )
             processes, process, devices = launched
         if not coordinator or processes == 1:
