@@ -107,9 +107,9 @@ def place(
                 initialization_timeout=max(10, int(timeout_s)),
             )
         except (RuntimeError, OSError) as error:
-            if not (launched and launched[0]):
+            if "OMPI_COMM_WORLD_SIZE" not in os.environ:
                 raise ProcessError(f"the other processes cannot be found: {error}") from error
-            # As of Open MPI 5, for which JAX wants mpi4py; the launcher says all but where process 0 is.
+            # For Open MPI 5 JAX wants mpi4py; the launcher says all but where process 0 is.
             found, why = (coordinator, None, None, None), f" ({error})"
         coordinator, processes, process, devices = found
         if processes is None and launched:

@@ -537,6 +537,8 @@ def test_launchers_say_where_a_process_is(monkeypatch):
         processes.place()
     assert processes.place(processes=1) is None
     assert processes.place("host:1") == ("host:1", 4, 3, (1,))
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert processes.place() is None
     for name in ("SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(f"OMPI_COMM_WORLD_{name}")
     assert processes.place() is None
