@@ -17,7 +17,8 @@ quickstart: $(RUN_STAMP)
 quickstart-long: $(RUN_STAMP)
 	$(VENV)/bin/python -m fot_jax.evals.quickstart --long --out $(OUT)-long
 
-# Two processes: most of the time is compilation, which uses one core. A file to one of them: what its tests share is made once.
+# Two processes: most of the time is compilation, which uses one core. Each file goes to one of them, so that what its
+# tests share is made once.
 test: $(DEV_STAMP)
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 

@@ -253,8 +253,8 @@ def train(
         if jax.process_index() == 0:
             files.write_json(workdir / "config.json", config.to_dict())
             exports = Exports(workdir, **config.export)
-            wait = lambda failed: not failed and step == config.steps and not group.asked
-            closing.push(lambda failed, *_: exports.close(saved.completed(), wait=lambda: wait(failed)))
+            done = lambda: step == config.steps and not group.asked
+            closing.push(lambda failed, *_: exports.close(saved.completed(), wait=lambda: not failed and done()))
         stalls = Stalls(**config.stall)
         closing.callback(stalls.close)
         closing.callback(lambda: _closed(saved, stalls))

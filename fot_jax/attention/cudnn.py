@@ -73,7 +73,7 @@ def kernel(platform: str, length: int, head_size: int, dtype: np.dtype) -> Kerne
             calls.check_is_flash_attention(*shapes, calls.AttentionLayout.BNTH.value, version, True, True)
         elif filled > EVERYWHERE:  # only compiled for: there is no GPU to ask
             raise RuntimeError(f"a GPU that is not here takes {EVERYWHERE} for sure")
-    except (NotImplementedError, RuntimeError) as error:
+    except (NotImplementedError, RuntimeError) as error:  # JAX refuses by either, and so above
         raise ValueError(f"cuDNN attention with heads of {head_size}: {error}; {instead}") from error
     return Kernel("cudnn", functools.partial(_read, more), functools.partial(_gradients, more))
 
