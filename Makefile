@@ -18,12 +18,12 @@ quickstart-long: $(RUN_STAMP)
 	$(VENV)/bin/python -m fot_jax.evals.quickstart --long --out $(OUT)-long
 
 # Two processes: most of the time is compilation, which uses one core. Each file goes to one of them, so that what its
-# tests share is made once.
+# tests share is made once. One that dies ends it all: the test is named, where xdist would wait for ever for another.
 test: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --max-worker-restart=0 $(ARGS)
 
 nightly: $(DEV_STAMP)
-	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=3" $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "" $(ARGS)
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=3" $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --max-worker-restart=0 -m "" $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check .

@@ -2,28 +2,33 @@
 
     python eval.py --config=configs/eval/perplexity.py --checkpoint=WORKDIR --out=results/perplexity
 
-The checkpoint is a working directory of train.py, or the URL of one, or a Hugging Face directory. Prints a table, and
-writes the same as JSON and PNG. `--config.KEY=VALUE` replaces any key of the file; unknown keys are errors.
+The checkpoint is a working directory of train.py, or the URL of one, or a model in any format that fot-convert reads.
+Prints a table, and writes the same as JSON and PNG. `--config.KEY=VALUE` replaces any key of the file; unknown keys are
+errors. An evaluation that was stopped goes on where it was when the same command is given again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import pathlib
+import sys
+import time
 
-import tqdm
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from fot_jax import data, evals, files, formats, run_config, sources
-from fot_jax.host import keep_freed_memory
+from fot_jax import evals, files, formats, host, model, run_config, sharding
+from fot_jax.evals import identity
+from fot_jax.evals.journal import Journal
+from fot_jax.evals.subject import Subject
 from fot_jax.pretrained import load_pretrained
-from fot_jax.tokenizer import Tokenizer, check_vocab
+from fot_jax.tokenizer import check_vocab, open_tokenizer
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File in configs/eval/.", lock_config=True)
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "Working directory of train.py or its URL, or Hugging Face directory."
-)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Working directory of train.py or its URL, or another model.")
 _OUT = flags.DEFINE_string("out", "", "Folder for the report; by default eval/ in the checkpoint's.")
 
 
@@ -31,38 +36,46 @@ def main(argv: list[str]) -> None:
     """Checks, then data, then the evaluation."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
-    keep_freed_memory()
+    host.keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
-    config = _CONFIG.value
-    if config.evaluation not in evals.EVALUATIONS:
-        raise ValueError(f"evaluation is {config.evaluation!r}; wanted one of {', '.join(sorted(evals.EVALUATIONS))}")
-    evaluation = importlib.import_module(evals.EVALUATIONS[config.evaluation])
+    config, began = _CONFIG.value, time.perf_counter()
+    name = config.evaluation
+    if name not in evals.EVALUATIONS:
+        raise ValueError(f"evaluation is {name!r}; wanted one of {', '.join(sorted(evals.EVALUATIONS))}")
+    evaluation = importlib.import_module(evals.EVALUATIONS[name])
     if files.store_of(_CHECKPOINT.value) and not _OUT.value:
         raise ValueError(f"checkpoint is {_CHECKPOINT.value}; wanted --out too, a folder for the report")
     checkpoint = formats.local(_CHECKPOINT.value).absolute()
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint}: no such directory; wanted train.py's or another model's")
     out = pathlib.Path(_OUT.value or checkpoint / "eval")
 
     # Everything that can be wrong, before any long work.
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"{checkpoint}: no such directory; wanted train.py's or a Hugging Face model's")
-    evaluation.check(run_config.read_model(checkpoint), config.options)
-    if not config.data.sources:
-        raise ValueError("config key data.sources is empty; wanted at least one source")
-    corpora = [sources.open_corpus(source, field=config.data.field) for source in config.data.sources]
-    tokenizer = Tokenizer.load(config.data.tokenizer or checkpoint)
-    model, params = load_pretrained(checkpoint, config.dtype)
-    check_vocab(tokenizer, model.vocab_size, padded=True)
+    found = run_config.read_model(checkpoint)
+    evaluation.check(found, config.options)
+    tokenizer = None
+    if getattr(evaluation, "NEEDS_TOKENIZER", True):
+        tokenizer = open_tokenizer(config.tokenizer or checkpoint)
+        check_vocab(tokenizer, found.vocab_size, padded=True)
+    mesh = sharding.make_mesh(config.mesh.to_dict())
+    inputs = evaluation.inputs(config, tokenizer, out)
 
-    prepared = config.data.prepared or out / "data"
-    sets = [data.prepare(corpus, tokenizer, prepared, skip_short=config.data.skip_short) for corpus in corpora]
-    mixture = data.Mixture([data.Source(documents) for documents in sets], seed=None, repeat=False)
-    first = 0 if tokenizer.adds_bos else 1  # a set's documents begin with BOS; not every model expects it
-    documents = [mixture.tokens(i)[first:] for i in range(mixture.n_documents)]
-
-    report = evaluation.run(model, params, config.options, documents, progress=tqdm.tqdm)
+    shardings = None
+    if mesh.size > 1:
+        shardings = lambda loaded: sharding.param_shardings(mesh, model.abstract_params(loaded))
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        loaded, params = load_pretrained(checkpoint, config.dtype, shardings)
+        subject = Subject.of(loaded, params, tokenizer, config.options)
+        journal = Journal(out / f"{name}.partial.jsonl", identity.of(config, loaded, params, inputs, tokenizer))
+        start = time.perf_counter()
+        report = evaluation.run(subject, config.options, inputs, journal)
+    speed = subject.clock.speed(time.perf_counter() - start)
     print(report.table())
-    report.write(out, config.evaluation)
-    print(f"written: {out / config.evaluation}.json and .png")
+    written = report.write(out, name)
+    files.write_json(out / f"{name}.speed.json", speed)
+    journal.close()
+    print(f"{subject.clock.described(speed)}; {time.perf_counter() - began:,.0f} s in all")
+    print(f"written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

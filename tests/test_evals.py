@@ -13,6 +13,8 @@ import fot_jax
 from fot_jax import memory, model
 from fot_jax.config import DtypePolicy
 from fot_jax.evals import Report, perplexity, quickstart
+from fot_jax.evals.journal import Journal
+from fot_jax.evals.subject import Subject
 
 CONFIG = fot_jax.ModelConfig(vocab_size=19, d_model=16, d_ff=24, n_layers=2, n_heads=2, window=4, mem_layers=(1,))
 
@@ -20,6 +22,15 @@ CONFIG = fot_jax.ModelConfig(vocab_size=19, d_model=16, d_ff=24, n_layers=2, n_h
 @pytest.fixture(scope="module")
 def params():
     return jax.jit(model.init_params, static_argnums=0)(CONFIG.replace(init_std=0.5), jax.random.key(0))
+
+
+def subject(params, options=None, config=CONFIG, reading=memory.DENSE):
+    """The model as options, or a way of reading, have it read."""
+    return Subject(config, params, None, reading) if options is None else Subject.of(config, params, None, options)
+
+
+def evaluated(params, options, given, config=CONFIG, journal=None):
+    return perplexity.run(subject(params, options, config), options, given, journal or Journal())
 
 
 def documents(*lengths):
@@ -59,7 +70,7 @@ def test_every_token_is_cut_once():
 @pytest.mark.parametrize("reading", [memory.DENSE, memory.Reading("topk", 3)])
 def test_with_all_of_memory_the_losses_are_those_of_long_forward(params, reading):
     (document,) = documents(23)
-    found = perplexity.losses(CONFIG, params, perplexity.cut([document], 4, 1), 100, reading=reading)
+    found = perplexity.losses(subject(params, reading=reading), perplexity.cut([document], 4, 1), 100)
     # 22 inputs in windows of 4: the last two are long_forward's open window.
     logits = fot_jax.long_forward(
         CONFIG, params, document[None, :-1], last_context_length=2, memory=reading.kind, k=reading.k
@@ -71,36 +82,31 @@ def test_with_all_of_memory_the_losses_are_those_of_long_forward(params, reading
 
 def test_memory_is_cleared_at_documents_or_kept(params):
     first, second = documents(17, 13)
-    alone = [perplexity.losses(CONFIG, params, perplexity.cut([d], 4, 1), 8).all for d in (first, second)]
+    alone = [perplexity.losses(subject(params), perplexity.cut([d], 4, 1), 8).all for d in (first, second)]
     both = perplexity.cut([first, second], 4, 1)
-    single = perplexity.losses(CONFIG, params, both, 8)
+    single = perplexity.losses(subject(params), both, 8)
     np.testing.assert_allclose(single.all, (16 * alone[0] + 12 * alone[1]) / 28, rtol=1e-5)
-    multi = perplexity.losses(CONFIG, params, both, 8, clear_at_documents=False)
+    multi = perplexity.losses(subject(params), both, 8, clear_at_documents=False)
     assert abs(multi.all - single.all) > 1e-4
 
 
 def test_a_short_memory_is_the_last_tokens(params):
     (document,) = documents(25)
-    longer = perplexity.losses(CONFIG, params, perplexity.cut([document], 4, 1), 4).all
-    # With memory of one window, every window's loss is that of the document cut before its predecessor...
-    pieces = [perplexity.cut([document[max(0, s - 4) : s + 5]], 4, 1) for s in range(0, 24, 4)]
-    config = CONFIG
-    last = []
-    for s, piece in zip(range(0, 24, 4), pieces, strict=True):
-        mem = memory.init_memory(config, 1, 8)
-        for step in range(len(piece.tokens)):
-            arrays = piece.tokens[step], piece.targets[step], piece.valid[step]
-            mem, loss = perplexity._step(config, params, *arrays, mem, jnp.int32(4), reading=memory.DENSE)
-        last.append(np.asarray(loss)[0])
-        assert len(piece.tokens) == (1 if s == 0 else 2)
-    # ...as this model's only memory layer is its last: its keys do not depend on what memory held before.
-    np.testing.assert_allclose(longer, np.concatenate(last).mean(), rtol=1e-5)
+    longer = perplexity.losses(subject(params), perplexity.cut([document], 4, 1), 4).all
+    # With memory of one window, every window's loss is that of the document cut before its predecessor, as this
+    # model's only memory layer is its last: its keys do not depend on what memory held before.
+    wanted = []
+    for s in range(0, 24, 4):
+        piece = document[None, max(0, s - 4) : s + 5]
+        logits = fot_jax.long_forward(CONFIG, params, piece[:, :-1], last_context_length=4)[0, -4:]
+        wanted.append(-np.asarray(jax.nn.log_softmax(logits))[np.arange(4), piece[0, -4:]])
+    np.testing.assert_allclose(longer, np.mean(wanted), rtol=1e-5)
 
 
 def test_report(params, tmp_path):
     options = perplexity.default_options()
     options.update(memory_tokens=(8, 0), rows=2, max_tokens=12)
-    report = perplexity.run(CONFIG, params, options, documents(20, 9))
+    report = evaluated(params, options, documents(20, 9))
     assert [row[0] for row in report.rows] == [0, 8] and "memory tokens" in report.table()
     report.write(tmp_path, "perplexity")
     values = json.loads((tmp_path / "perplexity.json").read_text())
@@ -111,14 +117,68 @@ def test_report(params, tmp_path):
     assert json.loads((tmp_path / "nan.json").read_text()) == {"x": None}
 
 
+def test_every_token_is_cut_once_with_a_stride():
+    (document,) = documents(23)
+    cut = perplexity.cut([document], 8, 1, stride=3)
+    assert cut.counts.sum() == 22 and cut.position[cut.counts].tolist() == list(range(22))
+    assert cut.counts[0].sum() == 8 and (cut.counts[1:-1].sum(axis=(1, 2)) == 3).all()
+    np.testing.assert_array_equal(cut.position[:, 0, 0], np.arange(len(cut.tokens)) * 3)
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_sliding_windows_are_those_that_are_spelled_out(params, clears):
+    """Each window with a memory made by hand: of each token the keys and values of the window that counts it."""
+    config, given, m, stride = CONFIG.replace(window=6), documents(25, 17), 7, 2
+    windows = perplexity.cut(given, 6, 1, stride)
+    found = perplexity.token_losses(subject(params, config=config), windows, m, clear_at_documents=clears)
+    found = found[windows.counts]
+    stream, wanted = [], []  # (keys, values) of every token so far
+    for document in given:  # longest first, as they are cut
+        stream = [] if clears else stream
+        before = len(stream)
+        n = len(document) - 1
+        for start in range(0, max(n - 6, 0) + stride if n > 6 else 1, stride):
+            tokens = document[None, start : min(start + 6, n)]
+            fresh = 0 if start == 0 else 6 - stride  # first column that counts
+            if tokens.shape[1] <= fresh:
+                break
+            mem = memory.init_memory(config, 1, 16)
+            for key, value in stream[max(0, before + start - m) : before + start]:
+                mem = memory.append(mem, (key,), (value,))
+            hidden, (keys,), (values,) = model.read_window(config, params, tokens, mem=mem)
+            log_p = jax.nn.log_softmax(model.logits(config, params, hidden))[0]
+            for t in range(fresh, tokens.shape[1]):
+                wanted.append(-float(log_p[t, document[start + t + 1]]))
+                stream.append((keys[..., t : t + 1], values[..., t : t + 1]))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
+
+
+def test_with_the_window_as_stride_nothing_changes(params):
+    options = perplexity.default_options()
+    options.update(memory_tokens=(0, 6), rows=2)
+    found = [evaluated(params, options.copy_and_resolve_references(), documents(30, 9, 14)).values]
+    options.stride = 4
+    found.append(evaluated(params, options, documents(30, 9, 14)).values)
+    assert found[0]["perplexity"] == found[1]["perplexity"]
+
+
+def test_perplexity_by_position(params):
+    options = perplexity.default_options()
+    options.update(memory_tokens=(6,), rows=2)
+    values = evaluated(params, options, documents(30, 9, 14)).values
+    assert values["positions"] == [0, 4, 8, 16] and values["tokens_at_positions"] == [12, 12, 5 + 8, 13]
+    logs, counts = np.log(values["perplexity_at_positions"]["6"]), values["tokens_at_positions"]
+    np.testing.assert_allclose(np.average(logs, weights=counts), np.log(values["perplexity"]["6"]))
+
+
 def test_memory_is_stored_as_asked(params):
     options = perplexity.default_options()
     options.update(memory_tokens=(0, 12), rows=2, memory_dtype="int8")
-    found = perplexity.run(CONFIG, params, options, documents(40, 33))
+    found = evaluated(params, options, documents(40, 33))
     assert "int8" in found.title and found.values["options"]["memory_dtype"] == "int8"
     as_int8 = CONFIG.replace(dtypes=DtypePolicy(memory="int8"))
     options.memory_dtype = ""
-    same, exact = (perplexity.run(config, params, options, documents(40, 33)) for config in (as_int8, CONFIG))
+    same, exact = (evaluated(params, options, documents(40, 33), config) for config in (as_int8, CONFIG))
     assert found.values["perplexity"] == same.values["perplexity"]
     assert found.values["perplexity"]["0"] == exact.values["perplexity"]["0"]
     np.testing.assert_allclose(found.values["perplexity"]["12"], exact.values["perplexity"]["12"], rtol=0.01)
@@ -132,7 +192,11 @@ def test_memory_is_stored_as_asked(params):
         (dict(memory_tokens=(-1,)), "memory_tokens is"),
         (dict(reading="near"), "memory reading is 'near'"),
         (dict(memory_dtype="int4"), "dtypes.memory is 'int4'; wanted one of float32, bfloat16, float16, int8"),
-        (dict(rows=0), "rows is 0 and max_tokens 0; wanted at least 1 and 0"),
+        (dict(rows=0), "rows is 0 and capacity 0; wanted at least 1 and 0"),
+        (dict(max_tokens=-1), "max_tokens is -1"),
+        (dict(stride=5), r"stride is 5; wanted 1..4 \(the window\)"),
+        (dict(window=5), "window is 5; wanted 1..4, the checkpoint's"),
+        (dict(last_context_length=5), "last_context_length is 5; wanted 1..4"),
         (dict(mode="multi", rows=1), "rows is 1 for 1 documents; mode 'multi' wanted at least two documents a row"),
     ],
 )
@@ -140,7 +204,7 @@ def test_bad_options(params, changes, message):
     options = perplexity.default_options()
     options.update(changes)
     with pytest.raises(ValueError, match=message):
-        perplexity.run(CONFIG, params, options, documents(20))
+        evaluated(params, options, documents(20))
 
 
 def test_quickstart_compares_two_models():

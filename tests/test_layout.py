@@ -22,8 +22,8 @@ ORDER = [
     {"exports", "formats", "memory", "crossbatch"},
     {"pretrained"},
     {"model", "metrics"},
-    {"generate", "losses", "run_config"},
-    {"programs"},
+    {"losses", "run_config"},
+    {"generate", "programs"},
     {"training"},
     {"evals", "forecast"},
 ]

@@ -8,24 +8,12 @@ Two CPU cores, a small model: a few thousand tokens a second for every memory le
 
 from ml_collections import ConfigDict
 
-from fot_jax.evals import perplexity
+from configs.eval import base
+from fot_jax.evals import perplexity, texts
 
 
 def get_config() -> ConfigDict:
     """The configuration."""
-    return ConfigDict(
-        dict(
-            evaluation="perplexity",
-            dtype="float32",  # parameters and computation
-            data=dict(
-                sources=(
-                    "python:validation",
-                ),  # as sources.open_corpus takes them: files, folders, python:SPLIT, tfds:NAME:SPLIT
-                field="text",  # that holds the text, where documents have fields
-                skip_short=False,  # leave out documents of fewer than two tokens, instead of refusing them
-                tokenizer="",  # SentencePiece model, tokenizer.json or directory; the checkpoint's by default
-                prepared="",  # folder for tokenised documents; by default data/ beside the report
-            ),
-            options=perplexity.default_options(),
-        )
-    )
+    config = base.get_config("perplexity", perplexity.default_options())
+    config.data = texts.data_options("python:validation")
+    return config

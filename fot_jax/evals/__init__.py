@@ -1,8 +1,16 @@
 """Evaluations behind one small contract.
 
-An evaluation is a module with `default_options() -> ConfigDict`, `check(config, options)`, which refuses options before
-any long work, and `run(config, params, options, documents, progress) -> Report`. `eval.py` finds it by name in
-`EVALUATIONS`.
+An evaluation is a module that `eval.py` finds by name in `EVALUATIONS`, with
+
+    default_options() -> ConfigDict         every option with its default; `subject.reading_options()` among them
+    check(config, options)                  refuses options that cannot be, before any long work
+    inputs(config, tokenizer, folder)       what it reads from the disk: lists of arrays, strings and numbers
+    run(subject, options, inputs, journal)  -> Report
+    NEEDS_TOKENIZER                         False where texts are tokens: `tokenizer` is None; left out, it is True
+
+where `config` is the model's `ModelConfig` for `check` and the evaluation's whole `ConfigDict` for `inputs`. `run` asks
+the model through `subject.Subject`, which reads a text once for all questions about it, and measures in parts of
+`journal.Journal`, so that an evaluation that is stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +23,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-EVALUATIONS = {"perplexity": "fot_jax.evals.perplexity"}
+from fot_jax import files
+
+_NAMES = ("dictionary", "distraction", "fewshot", "passkey", "perplexity", "retrieval", "ruler")
+EVALUATIONS = {name: f"fot_jax.evals.{name}" for name in _NAMES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +38,7 @@ class Report:
         columns, rows: the table; numbers are shown with four significant digits or more.
         values: the same and more, for programs; JSON.
         plot: draws the figure to a path.
+        pages: other files, by the ending of their names, as in {"html": text}.
     """
 
     title: str
@@ -34,6 +46,7 @@ class Report:
     rows: tuple[tuple[Any, ...], ...]
     values: dict[str, Any]
     plot: Callable[[pathlib.Path], None]
+    pages: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def table(self) -> str:
         """The table as text, columns flush right."""
@@ -42,22 +55,27 @@ class Report:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
         return "\n".join([self.title, lines[0], "-" * len(lines[0]), *lines[1:]])
 
-    def write(self, folder: str | os.PathLike, name: str) -> None:
-        """Writes `name`.json and `name`.png into a folder, each beside its place and then renamed."""
+    def write(self, folder: str | os.PathLike, name: str) -> list[pathlib.Path]:
+        """Writes `name`.json, `name`.png and the pages into a folder, each beside its place and then renamed; the paths
+        of all.
+        """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{name}.json.partial"
-        partial.write_text(json.dumps(_finite(self.values), indent=1, allow_nan=False) + "\n")
-        partial.replace(folder / f"{name}.json")
+        texts = {"json": json.dumps(_finite(self.values), indent=1, allow_nan=False) + "\n", **self.pages}
+        for ending, text in texts.items():
+            files.write(folder / f"{name}.{ending}", text.encode())
         picture = folder / f".{name}.partial.png"
         self.plot(picture)
         picture.replace(folder / f"{name}.png")
+        return [folder / f"{name}.{ending}" for ending in (*texts, "png")]
 
 
 def _finite(x: Any) -> Any:
     """`x` with null for what JSON has no number for."""
     if isinstance(x, dict):
         return {key: _finite(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

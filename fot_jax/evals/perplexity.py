@@ -1,8 +1,12 @@
-"""Perplexity as a function of memory length (arXiv 2307.03170, sections 4.2 and 5).
+"""Perplexity by memory length and by position in the document (arXiv 2307.03170, sections 4.2, 5.1 and 5.3).
 
 Documents are read in windows of W tokens. Before each window, memory holds the last m tokens read: of the same document
 (single-document: memory is cleared where one starts), or of whatever the row read before (multi-document). The
 perplexity of memory length m is exp of the mean negative log-likelihood over all tokens but the first of each document.
+
+Windows follow one another, so that the first token of each sees memory alone; or, with `stride` s < W, each begins s
+tokens after the one before and its last s tokens count, which have W - s tokens before them in the window (sliding). A
+token's keys and values are those of the window that counts it, and enter memory when it leaves the window.
 
 *Recall tokens* are reported beside: a token that completes a trigram whose last earlier occurrence in the document ends
 before the current window, so that only memory can show it.
@@ -10,10 +14,9 @@ before the current window, so that only memory can show it.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,27 +24,36 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fot_jax import memory, model
+from fot_jax import memory, model, sharding
 from fot_jax.config import ModelConfig
-from fot_jax.evals import Report
-from fot_jax.generate import remember
+from fot_jax.evals import Report, plots, texts
+from fot_jax.evals.journal import Journal, Part
+from fot_jax.evals.subject import Subject, check_reading, reading_options
+from fot_jax.generate import placed_with
+from fot_jax.losses import cross_entropy
+from fot_jax.tokenizer import Tokenizer
 
 Array = jax.Array
+
+GROUP = 4  # documents of a row that are measured together, as many times the rows
 
 
 def default_options() -> ConfigDict:
     """Every option with its default."""
-    return ConfigDict(
-        dict(
-            memory_tokens=(0, 64, 256, 1024, 4096),  # memory lengths, in tokens
-            mode="single",  # "single": memory cleared at each document; "multi": kept across documents
-            reading="dense",  # or "topk"
-            k=32,  # slots a query retrieves, for "topk"
-            memory_dtype="",  # what memory is stored in: float32, bfloat16, float16 or int8; "": the checkpoint's
-            rows=16,  # documents read side by side; "multi" reads all of a row's documents with one memory
-            max_tokens=0,  # tokens taken of each document, from its start; 0: all
-        )
+    options = reading_options()
+    options.update(
+        memory_tokens=(0, 64, 256, 1024, 4096),  # memory lengths, in tokens
+        mode="single",  # "single": memory cleared at each document; "multi": kept across documents
+        stride=0,  # tokens from one window to the next; 0: the window's, so that windows follow one another
+        rows=16,  # documents read side by side; "multi" reads all of a row's documents with one memory
+        max_tokens=0,  # tokens taken of each document, from its start; 0: all
     )
+    return ConfigDict(options)
+
+
+def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> list[np.ndarray]:
+    """Documents as tokens; see `texts.documents`."""
+    return texts.documents(config.data, tokenizer, folder)
 
 
 class Windows(NamedTuple):
@@ -49,9 +61,10 @@ class Windows(NamedTuple):
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32, the next token of the document
-    counts: np.ndarray  # bool, whether there is a target
+    counts: np.ndarray  # bool, whether there is a target, which no window before has counted
     recall: np.ndarray  # bool, whether the target is a recall token
     valid: np.ndarray  # bool, whether there is a token
+    position: np.ndarray  # int32, the token's place in its document
     starts: np.ndarray  # bool [steps, rows], whether a document starts with the window
 
 
@@ -64,12 +77,18 @@ class Losses(NamedTuple):
     recall_tokens: int
 
 
-def recall_targets(tokens: np.ndarray, window: int) -> np.ndarray:
+def _first_window(position: np.ndarray, window: int, stride: int) -> np.ndarray:
+    """Number of the first window that holds a token."""
+    return np.maximum(-(-(position + 1 - window) // stride), 0)
+
+
+def recall_targets(tokens: np.ndarray, window: int, stride: int | None = None) -> np.ndarray:
     """bool [n], whether token i completes a trigram whose last earlier occurrence ends before the window that
     predicts it.
 
-    The window that predicts token i is the one that holds token i - 1.
+    The window that predicts token i is the first that holds token i - 1.
     """
+    stride = stride or window
     n = len(tokens)
     out = np.zeros(n, bool)
     if n < 4:
@@ -82,23 +101,25 @@ def recall_targets(tokens: np.ndarray, window: int) -> np.ndarray:
     order = np.argsort(code, kind="stable")
     same = code[order[1:]] == code[order[:-1]]
     at, before = order[1:][same] + 2, order[:-1][same] + 2
-    out[at] = before < (at - 1) // window * window
+    out[at] = before < _first_window(at - 1, window, stride) * stride
     return out
 
 
-def cut(documents: Sequence[np.ndarray], window: int, rows: int) -> Windows:
+def cut(documents: Sequence[np.ndarray], window: int, rows: int, stride: int | None = None) -> Windows:
     """Documents, each starting a window, dealt to rows so that all end at about the same time (longest first).
 
     Args:
         documents: int token arrays with their bos and eos, at least two tokens each.
         window: W.
         rows: at most as many as documents are used.
+        stride: tokens from the start of a window to that of the next, at most W, which is the default.
     """
+    stride = stride or window
     short = [i for i, document in enumerate(documents) if len(document) < 2]
     if not documents or short:
         raise ValueError(f"document {short[0]} has fewer than two tokens" if short else "no document to evaluate on")
     rows = min(rows, len(documents))
-    lengths = [-(-(len(document) - 1) // window) for document in documents]
+    lengths = [int(_first_window(np.array(len(document) - 2), window, stride)) + 1 for document in documents]
     queues: list[list[int]] = [[] for _ in range(rows)]
     ends = np.zeros(rows, int)
     for i in np.argsort(lengths, kind="stable")[::-1]:
@@ -106,64 +127,100 @@ def cut(documents: Sequence[np.ndarray], window: int, rows: int) -> Windows:
         queues[row].append(int(i))
         ends[row] += lengths[i]
     shape = (int(ends.max()), rows, window)
-    out = Windows(*(np.zeros(shape, t) for t in (np.int32, np.int32, bool, bool, bool)), np.zeros(shape[:2], bool))
+    kinds = (np.int32, np.int32, bool, bool, bool, np.int32)
+    out = Windows(*(np.zeros(shape, kind) for kind in kinds), np.zeros(shape[:2], bool))
     for row, queue in enumerate(queues):
         step = 0
         for i in queue:
             document, steps = documents[i], slice(step, step + lengths[i])
-            recall = recall_targets(document, window)
-
-            def put(array: np.ndarray, values: np.ndarray, steps=steps, row=row) -> None:
-                padded = np.zeros((steps.stop - steps.start) * window, array.dtype)
-                padded[: len(values)] = values
-                array[steps, row] = padded.reshape(-1, window)
-
-            put(out.tokens, document[:-1])
-            put(out.targets, document[1:])
-            put(out.recall, recall[1:])
-            for array in (out.counts, out.valid):
-                put(array, np.ones(len(document) - 1, bool))
+            n = len(document) - 1
+            position = np.arange(lengths[i])[:, None] * stride + np.arange(window)[None, :]
+            there, at = position < n, np.minimum(position, n - 1)
+            out.tokens[steps, row] = np.where(there, document[at], 0)
+            out.targets[steps, row] = np.where(there, document[at + 1], 0)
+            out.recall[steps, row] = there & recall_targets(document, window, stride)[at + 1]
+            out.valid[steps, row], out.position[steps, row] = there, position
+            fresh = _first_window(position, window, stride) == np.arange(lengths[i])[:, None]
+            out.counts[steps, row] = there & fresh
             out.starts[step, row] = True
             step += lengths[i]
     return out
 
 
-@functools.partial(jax.jit, static_argnames=("config", "reading"), donate_argnames=("mem",))
-def _step(config, params, tokens_BT, targets_BT, valid_BT, mem, keep, *, reading):
-    """(memory with the window in it, cut to its last `keep` tokens; losses [B, T])."""
-    hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
-    log_p = jax.nn.log_softmax(model.logits(config, params, hidden))
-    loss_BT = -jnp.take_along_axis(log_p, targets_BT[..., None], axis=-1)[..., 0]
-    if mem.capacity:
-        mem = remember(mem, keys, values, valid_BT)
+class _Stream(NamedTuple):
+    """What rows have read: memory, and of what they read last what has not entered it, [B, G, K, W - s] a layer."""
+
+    mem: memory.Cache
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    waiting_B: Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "reading", "clears"), donate_argnames=("stream",))
+def _step(config, params, tokens_BT, targets_BT, valid_BT, starts_B, stream, keep, *, reading, clears):
+    """(what rows have read, with the window in it, memory cut to its last `keep` tokens; losses [B, T])."""
+    mem, waiting_B, W = stream.mem, stream.waiting_B, tokens_BT.shape[1]
+    overlap = stream.keys[0].shape[3] if stream.keys else 0
+    if mem.capacity and clears:
+        mem, waiting_B = memory.clear(mem, starts_B), jnp.where(starts_B, 0, waiting_B)
+    elif mem.capacity and overlap:  # what is left of the document before
+        mem = memory.append(mem, stream.keys, stream.values, jnp.where(starts_B, waiting_B, 0))
         mem = memory.evict_oldest(mem, jnp.maximum(mem.length_B - keep, 0))
-    return mem, loss_BT
+    hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
+    loss_BT, _ = cross_entropy(model.logits(config, params, hidden), targets_BT)
+    if not mem.capacity:
+        return stream, loss_BT
+
+    # Columns that an earlier window has read keep its keys and values.
+    old = (jnp.arange(W) < overlap)[None, None, None, :] & ~starts_B[:, None, None, None]
+    known = lambda before, now: jnp.where(old, jnp.pad(before, [(0, 0)] * 3 + [(0, W - overlap)]), now)
+    keys, values = (tuple(map(known, *both)) for both in ((stream.keys, keys), (stream.values, values)))
+    count_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
+    leave_B = jnp.minimum(count_B, W - overlap)
+    first, rest = (lambda xs: [x[..., : W - overlap] for x in xs]), (lambda xs: tuple(x[..., W - overlap :] for x in xs))
+    mem = memory.append(mem, first(keys), first(values), leave_B)
+    mem = memory.evict_oldest(mem, jnp.maximum(mem.length_B - keep, 0))
+    return _Stream(mem, rest(keys), rest(values), count_B - leave_B), loss_BT
+
+
+def token_losses(
+    subject: Subject, windows: Windows, memory_tokens: int, *, clear_at_documents: bool = True
+) -> np.ndarray:
+    """Negative log-likelihoods, float64 [steps, rows, W], of windows read with the last `memory_tokens` tokens in
+    memory; where nothing counts, unspecified numbers.
+    """
+    if memory_tokens < 0:
+        raise ValueError(f"memory_tokens is {memory_tokens}; wanted 0 or more")
+    config, (rows, W) = subject.config, windows.tokens.shape[1:]
+    later = windows.position[:, :, 0]
+    stride = int(later[later > 0].min(initial=W))
+    ways, capacity = sharding.ways("batch"), memory_tokens + W
+    capacity = -(-capacity // sharding.ways("memory")) * sharding.ways("memory") if memory_tokens else 0
+    padded = -(-rows // ways) * ways
+    # Nothing is read of an empty memory, so memory length 0 needs none at all.
+    mem = memory.init_memory(config, padded, capacity)
+    overlap = (padded, config.n_kv_heads, config.head_size, W - stride)
+    waiting = lambda: tuple(jnp.zeros(overlap, config.dtypes.compute) for _ in config.mem_layers if capacity)
+    stream = placed_with(subject.params, _Stream(mem, waiting(), waiting(), jnp.zeros(padded, jnp.int32)))
+    keep, out = jnp.int32(memory_tokens), []
+    with subject.clock.model():
+        for step in range(len(windows.tokens)):
+            given = (x[step] for x in (windows.tokens, windows.targets, windows.valid, windows.starts))
+            batch = [np.pad(x, [(0, padded - rows)] + [(0, 0)] * (x.ndim - 1)) for x in given]
+            options = dict(reading=subject.reading, clears=clear_at_documents)
+            stream, loss = _step(config, subject.params, *batch, stream, keep, **options)
+            out.append(loss)
+            if step:  # one late, so that the device never waits
+                jax.block_until_ready(out[step - 1])
+            subject.clock.count(int(windows.counts[step].sum()))
+        return np.stack([np.asarray(x)[:rows] for x in out]).astype(np.float64)
 
 
 def losses(
-    config: ModelConfig,
-    params: Any,
-    windows: Windows,
-    memory_tokens: int,
-    *,
-    reading: memory.Reading = memory.DENSE,
-    clear_at_documents: bool = True,
-    progress: Callable[[Iterator], Iterator] = iter,
+    subject: Subject, windows: Windows, memory_tokens: int, *, clear_at_documents: bool = True
 ) -> Losses:
     """Mean losses over windows read with the last `memory_tokens` tokens in memory."""
-    if memory_tokens < 0:
-        raise ValueError(f"memory_tokens is {memory_tokens}; wanted 0 or more")
-    rows, W = windows.tokens.shape[1:]
-    # Nothing is read of an empty memory, so memory length 0 needs none at all.
-    mem = memory.init_memory(config, rows, memory_tokens + W if memory_tokens else 0)
-    keep, out = jnp.int32(memory_tokens), []
-    for step in progress(range(len(windows.tokens))):
-        if clear_at_documents and windows.starts[step].any():
-            mem = memory.clear(mem, jnp.asarray(windows.starts[step]))
-        batch = windows.tokens[step], windows.targets[step], windows.valid[step]
-        mem, loss = _step(config, params, *batch, mem, keep, reading=reading)
-        out.append(loss)
-    nll = np.concatenate([np.asarray(x)[None] for x in out]).astype(np.float64)
+    nll = token_losses(subject, windows, memory_tokens, clear_at_documents=clear_at_documents)
     recall = windows.counts & windows.recall
     mean = lambda mask: float(nll[mask].mean()) if mask.any() else float("nan")
     return Losses(mean(windows.counts), mean(recall), int(windows.counts.sum()), int(recall.sum()))
@@ -175,21 +232,17 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
     Raises:
         ValueError: an option out of range, or memory for a model without memory layers.
     """
+    config = check_reading(config, options)
     if options.mode not in ("single", "multi"):
         raise ValueError(f"mode is {options.mode!r}; wanted 'single' or 'multi'")
     if any(m < 0 for m in options.memory_tokens) or not options.memory_tokens:
         raise ValueError(f"memory_tokens is {options.memory_tokens}; wanted lengths of 0 or more")
     if any(options.memory_tokens) and not config.mem_layers:
         raise ValueError("the model has no memory layers (mem_layers is empty); wanted memory_tokens=(0,)")
-    if options.rows < 1 or options.max_tokens < 0:
-        raise ValueError(f"rows is {options.rows} and max_tokens {options.max_tokens}; wanted at least 1 and 0")
-    memory.Reading(options.reading, options.k if options.reading == "topk" else None)
-    _stored(config, options)
-
-
-def _stored(config: ModelConfig, options: ConfigDict) -> ModelConfig:
-    """The model with memory in the dtype that is asked for."""
-    return config.replace(dtypes=dataclasses.replace(config.dtypes, memory=options.memory_dtype or config.mem_dtype))
+    if options.max_tokens < 0:
+        raise ValueError(f"max_tokens is {options.max_tokens}; wanted at least 1, or 0 for all")
+    if not 0 <= options.stride <= config.window:
+        raise ValueError(f"stride is {options.stride}; wanted 1..{config.window} (the window), or 0 for that")
 
 
 def described(options: Any) -> str:
@@ -198,88 +251,107 @@ def described(options: Any) -> str:
     return f"{way}, {options['memory_dtype']}" if options.get("memory_dtype") else way
 
 
-def run(
-    config: ModelConfig,
-    params: Any,
-    options: ConfigDict,
-    documents: Sequence[np.ndarray],
-    progress: Callable[..., Iterator] = lambda steps, **_: iter(steps),
-) -> Report:
-    """Perplexity at every memory length.
+def positions(length: int, window: int) -> list[int]:
+    """First token of each range of positions that is reported: 0, W, 2 W, 4 W and so on."""
+    edges = [0]
+    while edges[-1] + (edges[-1] or window) < length:
+        edges.append(edges[-1] + (edges[-1] or window))
+    return edges
+
+
+def run(subject: Subject, options: ConfigDict, documents: Sequence[np.ndarray], journal: Journal) -> Report:
+    """Perplexity at every memory length, and by position in the document.
 
     Args:
-        config, params: the model.
         options: as `default_options`.
         documents: int token arrays with bos and eos.
-        progress: wraps the iterator over windows (tqdm), told `desc`.
 
     Raises:
         ValueError: see `check`; no usable document; "multi" with fewer than two documents a row.
     """
-    check(config, options)
-    config = _stored(config, options)
-    reading = memory.Reading(options.reading, options.k if options.reading == "topk" else None)
+    check(subject.config, options)
     if options.mode == "multi" and 2 * options.rows > len(documents):
         raise ValueError(
             f"rows is {options.rows} for {len(documents)} documents; mode 'multi' wanted at least two documents a row"
         )
     documents = [document[: options.max_tokens or None] for document in documents]
-    windows = cut(documents, config.window, options.rows)
-    found = {}
-    for m in sorted(set(options.memory_tokens)):
-        found[m] = losses(
-            config,
-            params,
-            windows,
-            m,
-            reading=reading,
-            clear_at_documents=options.mode == "single",
-            progress=functools.partial(progress, desc=f"memory {m}"),
-        )
-    perplexity = {str(m): float(np.exp(x.all)) for m, x in found.items()}
-    recall = {str(m): float(np.exp(x.recall)) for m, x in found.items()}
-    any_ = next(iter(found.values()))
+    W, single = subject.config.window, options.mode == "single"
+    edges = positions(max(map(len, documents), default=0), W)
+    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    size = GROUP * options.rows if single else max(len(documents), 1)  # a memory goes through all of a row's
+    groups = [[documents[i] for i in order[at : at + size]] for at in range(0, len(order), size)] or [[]]
+    windows = [cut(group, W, options.rows, options.stride or None) for group in groups]
+
+    def sums(part: Windows, m: int) -> list[list[float]]:
+        """For each range of positions: summed losses and how many, of all tokens and of recall tokens."""
+        nll, found = token_losses(subject, part, m, clear_at_documents=single), []
+        for first, end in zip(edges, [*edges[1:], np.inf], strict=True):
+            here = part.counts & (part.position >= first) & (part.position < end)
+            found.append([x for mask in (here, here & part.recall) for x in (float(nll[mask].sum()), int(mask.sum()))])
+        return found
+
+    lengths = sorted(set(options.memory_tokens))
+    parts = [
+        Part(f"memory {m}, group {i}", int(part.counts.sum()), functools.partial(sums, part, m))
+        for m in lengths
+        for i, part in enumerate(windows)
+    ]
+    found = np.array(journal.results(parts, "perplexity", subject.clock)).reshape(len(lengths), len(groups), -1, 4)
+    by_position = found.sum(axis=1)  # [lengths, ranges, 4]
+    with np.errstate(invalid="ignore"):
+        mean = lambda sums: np.exp(sums[..., 0] / sums[..., 1]).tolist()
+        total = by_position.sum(axis=1)
+        perplexity, recall = (dict(zip(map(str, lengths), mean(total[:, i : i + 2]))) for i in (0, 2))
+        at_positions = dict(zip(map(str, lengths), mean(by_position)))
+    tokens, recall_tokens = int(total[0, 1]), int(total[0, 3])
+    ranges = [f"{first:,}" for first in edges]
     return Report(
         title=(
-            f"perplexity by memory length: {options.mode}-document, {described(options)}, window {config.window},\n"
-            f"{any_.tokens:,} tokens of {len(documents)} documents, {any_.recall_tokens:,} of them recall tokens"
+            f"perplexity by memory length: {options.mode}-document, {described(options)}, window {W}"
+            f"{f', stride {options.stride}' if options.stride else ''},\n"
+            f"{tokens:,} tokens of {len(documents)} documents, {recall_tokens:,} of them recall tokens;\n"
+            f"also of the tokens from each position in the document to the next that is named"
         ),
-        columns=("memory tokens", "perplexity", "on recall tokens"),
-        rows=tuple((m, perplexity[str(m)], recall[str(m)]) for m in found),
+        columns=("memory tokens", "perplexity", "on recall tokens", *(f"from {name}" for name in ranges)),
+        rows=tuple((m, perplexity[str(m)], recall[str(m)], *at_positions[str(m)]) for m in lengths),
         values=dict(
             options=options.to_dict(),
-            window=config.window,
-            tokens=any_.tokens,
-            recall_tokens=any_.recall_tokens,
+            window=W,
+            tokens=tokens,
+            recall_tokens=recall_tokens,
             perplexity=perplexity,
             recall=recall,
+            positions=edges,
+            tokens_at_positions=by_position[0, :, 1].astype(int).tolist(),
+            perplexity_at_positions=at_positions,
         ),
-        plot=lambda path: plot(path, {"perplexity": perplexity, "recall tokens": recall}),
+        plot=lambda path: plot(
+            path, {"perplexity": perplexity, "recall tokens": recall}, dict(zip(lengths, by_position)), edges
+        ),
     )
 
 
-def plot(path: pathlib.Path, curves: dict[str, dict[str, float]]) -> None:
-    """One panel a curve or group: perplexity against memory tokens. Names `a: b` put curve a into panel b."""
-    import matplotlib
+def plot(
+    path: pathlib.Path,
+    curves: dict[str, dict[str, float]],
+    positions: dict[int, np.ndarray] | None = None,
+    edges: Sequence[int] = (),
+) -> None:
+    """One panel a curve or group: perplexity against memory tokens. Names `a: b` put curve a into panel b.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    Args:
+        positions: memory length -> sums of losses and how many [ranges, 4], for one more panel.
+        edges: where those ranges begin.
+    """
     panels: dict[str, dict[str, dict[str, float]]] = {}
     for name, curve in curves.items():
         label, _, panel = name.rpartition(": ")
-        panels.setdefault(panel, {})[label] = curve
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False, layout="constrained")
-    for axis, (panel, lines) in zip(axes[0], panels.items(), strict=True):
-        for label, curve in lines.items():
-            tokens = [int(m) for m in curve]
-            axis.plot(range(len(tokens)), list(curve.values()), marker="o", label=label or None)
-            axis.set_xticks(range(len(tokens)), [f"{m:,}" for m in tokens], rotation=30)
-        axis.set_title(panel)
-        axis.set_xlabel("memory, tokens")
-        axis.set_ylabel("perplexity")
-        axis.grid(alpha=0.3)
-        if any(lines):
-            axis.legend()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        panels.setdefault(panel, {})[label] = {f"{int(m):,}": y for m, y in curve.items()}
+    drawn = [plots.Panel(panel, "memory, tokens", "perplexity", lines) for panel, lines in panels.items()]
+    if positions and len(edges) > 1:
+        lines = {
+            f"memory {m:,}": {f"{edge:,}": float(np.exp(sums[0] / sums[1])) for edge, sums in zip(edges, ranges)}
+            for m, ranges in positions.items()
+        }
+        drawn.append(plots.Panel("by position in the document", "from token", "perplexity", lines))
+    plots.lines(path, drawn)

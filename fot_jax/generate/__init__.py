@@ -164,7 +164,7 @@ class Reader:
         ended_B: bool, rows that are over.
         length_B: int32, tokens read.
         local: the open window, all layers.
-        mem: memory before it.
+        mem: memory before it; with fewer rows than the others where rows share it (`branches.branched`).
     """
 
     logits_BV: Array
@@ -219,7 +219,7 @@ def prefill(
     config: ModelConfig,
     params: Any,
     tokens_BT: Any,
-    last_context_length: int | None = None,
+    last_context_length: Any = None,
     attention_mask: Any = None,
     memory: str = "dense",
     k: int | None = None,
@@ -232,6 +232,7 @@ def prefill(
     """Reads prompts of any length; see `generate` for the arguments.
 
     Args:
+        last_context_length: one for all rows, or integers [B].
         room: new tokens to make room for in memory.
         memory_capacity: slots of memory to allocate for each row, rounded up to whole windows; `memory_tokens` of what
             the prompt and `room` can need, by default.
@@ -240,7 +241,11 @@ def prefill(
     Raises:
         ValueError: input that does not fit; prompt and new tokens beyond `memory_capacity`.
     """
-    tokens_BT, mask_BT, c = _check_tokens(config, tokens_BT, last_context_length, attention_mask)
+    c_B = np.asarray(config.last_context_length if last_context_length is None else last_context_length)
+    for c in {c_B.min().item(), c_B.max().item()}:
+        tokens_BT, mask_BT, _ = _check_tokens(config, tokens_BT, c, attention_mask)
+    if c_B.shape not in ((), (len(tokens_BT),)):
+        raise ValueError(f"last_context_length has shape {c_B.shape}; wanted one for all {len(tokens_BT)} rows, or each")
     reading = memories.Reading(memory, k, score_bytes)
     length_B = mask_BT.sum(1)
     if not length_B.all():
@@ -256,7 +261,7 @@ def prefill(
     reader = placed_with(params, new_reader(config, B, capacity, values_on_host))
 
     tokens_BT = _flush_left(tokens_BT, mask_BT)
-    prefix_B, mem = np.maximum(length_B - c, 0), reader.mem
+    prefix_B, mem = np.maximum(length_B - c_B, 0), reader.mem
     for start in range(0, prefix_B.max() if config.mem_layers else 0, W):  # nobody else sees what is behind the window
         window = _columns(tokens_BT, np.full(B, start), W)
         valid_BT = start + np.arange(W) < prefix_B[:, None]
@@ -269,7 +274,7 @@ def prefill(
         seen_BV[b, tokens_BT[b, : prefix_B[b]]] = True
     read = placed_with(params, {"seen_BV": jnp.asarray(seen_BV), "length_B": jnp.asarray(prefix_B, jnp.int32)})
     reader = dataclasses.replace(reader, mem=mem, **read)
-    return _extend_rows(config, params, reader, tokens_BT, prefix_B, length_B, "block", reading, progress)
+    return _extend_rows(config, params, reader, tokens_BT, prefix_B, length_B, "block", reading, progress)[0]
 
 
 def extend(
@@ -306,8 +311,8 @@ def extend(
     _check_rows(reader, tokens_BT)
     length_B = mask_BT.sum(1)
     _check_room(config, reader, length_B)
-    tokens_BT = _flush_left(tokens_BT, mask_BT)
-    return _extend_rows(config, params, reader, tokens_BT, np.zeros_like(length_B), length_B, spill, reading, progress)
+    tokens_BT, first_B = _flush_left(tokens_BT, mask_BT), np.zeros_like(length_B)
+    return _extend_rows(config, params, reader, tokens_BT, first_B, length_B, spill, reading, progress)[0]
 
 
 def _check_spill(spill: str) -> None:
@@ -322,7 +327,17 @@ def _check_rows(reader: Reader, tokens_BT: np.ndarray) -> None:
 
 
 def _check_room(config: ModelConfig, reader: Reader, new_B: Any) -> None:
-    """Refuses more tokens than memory could come to hold."""
+    """Refuses more tokens than memory could come to hold, or of rows that share one than the open window."""
+    if shares_memory(reader.local, reader.mem):
+        room_B = reader.local.capacity - np.asarray(reader.local.length_B)
+        if np.any(new_B > room_B):
+            b = int(np.argmax(new_B - room_B))
+            raise ValueError(
+                f"{int(np.broadcast_to(new_B, room_B.shape)[b])} tokens follow in a window that has room for "
+                f"{int(room_B[b])}, and rows that share a memory cannot spill into it: wanted fewer, or a smaller "
+                f"last_context_length before them"
+            )
+        return
     needed = int(np.max(np.asarray(reader.mem.length_B) + np.asarray(reader.local.length_B) + new_B))
     if config.mem_layers and needed > reader.mem.capacity:
         raise ValueError(
@@ -352,30 +367,41 @@ def _extend_rows(
     spill: str,
     reading: memories.Reading,
     progress: Callable[[int], None] | None,
-) -> Reader:
-    """The reader after tokens start_B .. end_B of each row, flush left, as many at a time as windows have room for."""
-    W, local_B = config.window, np.asarray(reader.local.length_B)
+    look: Callable[..., Any] | None = None,
+) -> tuple[Reader, list[tuple[np.ndarray, np.ndarray, Any]]]:
+    """The reader after tokens start_B .. end_B of each row, flush left, as many at a time as windows have room for.
+
+    Also, for each time, the first token of each row, how many, and what `look` (see `_extend`) made of them.
+    """
+    W, local_B, looks = config.window, np.asarray(reader.local.length_B), []
     while (start_B < end_B).any():
         full_B = (local_B >= W) & (start_B < end_B)
         local_B = local_B - full_B * _spilled(W, spill)
         count_B = np.minimum(W - local_B, end_B - start_B)
         size = min(W, memories.power_of_two(max(int(count_B.max()), OPEN_TOKENS)))
         tokens = _columns(tokens_BT, start_B, size)
-        reader = _extend(config, params, reader, tokens, count_B.astype(np.int32), spill=spill, reading=reading)
+        options = dict(spill=spill, reading=reading, look=look)
+        reader, seen = _extend(config, params, reader, tokens, count_B.astype(np.int32), **options)
+        looks.append((start_B, count_B, seen))
         start_B, local_B = start_B + count_B, local_B + count_B
         if progress is not None:
             jax.block_until_ready(reader)
             progress(int(count_B.sum()))
-    return reader
+    return reader, looks
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spill", "reading"), donate_argnames=("reader",))
-def _extend(config, params, reader, tokens_BT, count_B, *, spill, reading) -> Reader:
-    """Reads the first count_B tokens of each row of [B, T], for which the open window has room once it has spilled."""
+@functools.partial(jax.jit, static_argnames=("config", "spill", "reading", "look"), donate_argnames=("reader",))
+def _extend(config, params, reader, tokens_BT, count_B, *, spill, reading, look=None) -> tuple[Reader, Any]:
+    """Reads the first count_B tokens of each row of [B, T], for which the open window has room once it has spilled.
+
+    `look` (config, params, logits_BV before the tokens, hidden_BTD after each, tokens_BT) makes what is returned beside
+    the reader; without it that is None.
+    """
     local, mem = make_room(config, reader.local, reader.mem, spill, count_B > 0)
     hidden, local, _ = model.extend_window(
         config, params, tokens_BT, mem=mem, local=local, count_B=count_B, reading=reading
     )
+    seen = None if look is None else look(config, params, reader.logits_BV, hidden, tokens_BT)
     B, T = tokens_BT.shape
     last_B1D = jnp.take_along_axis(hidden, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)
     logits_BV = jnp.where(count_B[:, None] > 0, model.logits(config, params, last_B1D)[:, 0], reader.logits_BV)
@@ -388,7 +414,12 @@ def _extend(config, params, reader, tokens_BT, count_B, *, spill, reading) -> Re
         local=local,
         mem=mem,
     )
-    return memories.constrain(reader)
+    return memories.constrain(reader), seen
+
+
+def shares_memory(local: memories.Cache, mem: memories.Cache | memories.Pages) -> bool:
+    """Whether several rows read one row of memory."""
+    return local.length_B.shape != mem.length_B.shape
 
 
 def _spilled(window: int, spill: str) -> int:
@@ -406,8 +437,11 @@ def make_room(
     """The open window and memory, with room in the window for one more token in every row, or where `grows_B` (bool) is
     True.
 
-    Rows whose window is full spill: all of it ("block"), or its oldest eighth ("sliding").
+    Rows whose window is full spill: all of it ("block"), or its oldest eighth ("sliding"). Rows that share a memory do
+    not, and have room (`_check_room`).
     """
+    if shares_memory(local, mem):
+        return local, mem
     size = _spilled(local.capacity, spill)
     full_B = local.length_B >= local.capacity
     count_B = jnp.where(full_B if grows_B is None else full_B & grows_B, size, 0)

@@ -86,12 +86,44 @@ def read(
     deals: tuple[Deal, ...] = (),
     seen: Seen = (),
 ) -> attention.Partial:
-    """Attention over memory, an array or its pages, as a partial, to be merged with the local window's."""
-    arrays, options = (q_BHTK, k_BGKM, v_BGKM, length_B), dict(scale=scale, deals=deals, seen=seen)
+    """Attention over memory, an array or its pages, as a partial, to be merged with the local window's.
+
+    Args:
+        q_BHTK: queries, B the rows of memory or a multiple of them: then as many rows that follow one another read one
+            row of memory, each what it would read of a memory of its own.
+
+    Raises:
+        ValueError: rows of queries that the rows of memory do not divide.
+    """
+    rows = q_BHTK.shape[0]
+    arrays, options = (_together(q_BHTK, length_B), k_BGKM, v_BGKM, length_B), dict(scale=scale, deals=deals, seen=seen)
     if reading.k is None:
-        return dense(*arrays, score_bytes=reading.score_bytes, **options)
+        return _apart(rows, dense(*arrays, score_bytes=reading.score_bytes, **options))
     recall = reading.recall if reading.kind == "approximate" else None
-    return topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, recall=recall, **options)[0]
+    return _apart(rows, topk(*arrays, k=reading.k, score_bytes=reading.score_bytes, recall=recall, **options)[0])
+
+
+def _together(q_BHTK: Array, length_B: Array) -> Array:
+    """Queries of all rows that read one row of memory as those of one row."""
+    B, H, T, K = q_BHTK.shape
+    rows = length_B.shape[0]
+    if B == rows:
+        return q_BHTK
+    if B % rows:
+        raise ValueError(f"queries have {B} rows and memory {rows}; wanted a multiple")
+    return jnp.swapaxes(q_BHTK.reshape(rows, B // rows, H, T, K), 1, 2).reshape(rows, H, -1, K)
+
+
+def _apart(B: int, xs: Any) -> Any:
+    """The other way: arrays [rows, H, B / rows * T, ...] as [B, H, T, ...]."""
+
+    def one(x: Array) -> Array:
+        rows, H, queries, *rest = x.shape
+        if rows == B:
+            return x
+        return jnp.swapaxes(x.reshape(rows, H, B // rows, -1, *rest), 1, 2).reshape(B, H, -1, *rest)
+
+    return jax.tree.map(one, xs)
 
 
 # For each page of a memory which slots are read, bool [B, 1, 1, M] as they lie on devices, or None for all.
