@@ -30,6 +30,15 @@ hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_forgotten():
+    """Each compiled program maps some ten pieces of memory, of which Linux allows a process 65,530 (vm.max_map_count):
+    with those of a whole suite the compiler dies of a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def programs_of_all(tmp_path_factory):
     """Folder of compiled programs, of the runs of this process."""
