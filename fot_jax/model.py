@@ -32,6 +32,7 @@ Params = Any
 # (q_BHTK, k_BGTK, v_BGTK), un-rotated -> o_BHTK in their dtype
 Attend = Callable[[Array, Array, Array], Array]
 
+WINDOW_SCORE_BYTES = 2**29  # of scores within whole windows, at a time
 _KEPT = jax.checkpoint_policies.save_only_these_names(crossbatch.SAVED)
 REMAT = {
     "none": None,
@@ -438,7 +439,8 @@ def read_window(
 
     def attend(layer: int, turn: Callable[..., Array], q_BHTK: Array, k_BGTK: Array, v_BGTK: Array):
         q, k = turn(q_BHTK, angles), turn(k_BGTK, angles)
-        return q, attention.attend(q, k, v_BGTK, visible_BTT, scale=score_scale(config))
+        options = dict(scale=score_scale(config), score_bytes=WINDOW_SCORE_BYTES)
+        return q, attention.attend_by_blocks(q, k, v_BGTK, visible_BTT, **options)
 
     layer = _inference_layer(config, attend, mem, reading)
     x_BTD, keys, values = embed(config, params, tokens_BT), [], []

@@ -81,6 +81,16 @@ def test_attend_equals_a_float64_softmax(G, T):
     assert np.all(np.isneginf(got.lse_BHT[1, :, T // 2])) and not np.any(got.o_BHTK[1, :, T // 2])
 
 
+def test_blocks_of_queries_give_what_all_give(queries=(1, 3, 7, 8)):
+    rng = np.random.default_rng(5)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, heads, 7, 5)), jnp.float32) for heads in (4, 2, 2))
+    visible = attention.causal_mask(7) & jnp.asarray(rng.random((2, 1, 7)) < 0.8)
+    wanted = attention.attend(q, k, v, visible, scale=0.3)
+    for n in queries:
+        found = attention.attend_by_blocks(q, k, v, visible, scale=0.3, score_bytes=n * 4 * 2 * 4 * 7)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, wanted)
+
+
 def test_one_mask_serves_all_rows_and_none_hides_nothing():
     q, k, v = qkv(np.random.default_rng(2))
     seen = np.ones((1, 5, 7), bool)

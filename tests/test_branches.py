@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,17 @@ def test_blocks_of_logits_are_the_whole(params, monkeypatch):
     np.testing.assert_allclose(parts.log_p_BT, whole.log_p_BT, atol=1e-5)
 
 
+@pytest.mark.parametrize("reading", READINGS, ids=["dense", "topk"])
+def test_a_long_open_window_is_read_in_pieces(params, monkeypatch, reading):
+    module = sys.modules["fot_jax.generate"]  # which the function of that name hides
+    wanted = prefill(CONFIG, params, TEXT_BT, [16, 9, 13], TEXT_MASK, **reading)
+    monkeypatch.setattr(module, "OPEN_BYTES", 1)
+    monkeypatch.setattr(module, "OPEN_TOKENS", 4)
+    found = prefill(CONFIG, params, TEXT_BT, [16, 9, 13], TEXT_MASK, **reading)
+    np.testing.assert_allclose(found.logits_BV, wanted.logits_BV, atol=1e-5)
+    np.testing.assert_array_equal(found.local.length_B, [16, 9, 13])
+
+
 def test_on_a_mesh(params, devices):
     wanted, _ = score(CONFIG, params, branched(prefill(CONFIG, params, TEXT_BT[:2]), WAYS), NEXT_BT[:6], NEXT_MASK[:6])
     mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2}, devices)
@@ -133,7 +146,9 @@ def test_what_cannot_be(params):
     two = branched(reader, 2)
     with pytest.raises(ValueError, match="of rows not branched yet"):
         branched(two, 2)
-    with pytest.raises(ValueError, match="11 tokens follow in a window that has room for 10, and rows that share a mem"):
+    with pytest.raises(
+        ValueError, match="11 tokens follow in a window that has room for 10, and rows that share a mem"
+    ):
         extend(CONFIG, params, two, np.ones((2, 11), int))
     with pytest.raises(ValueError, match="queries have 3 rows and memory 2; wanted a multiple"):
         fot_jax.memory.read(

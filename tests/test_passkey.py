@@ -36,7 +36,9 @@ def test_the_published_prompt():
     infinite = " ".join([garbage] * 2000)
     wanted = (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
-        "about the important information there.\n" + infinite[:97] + "\nThe pass key is 31. Remember it. 31 is the pass "
+        "about the important information there.\n"
+        + infinite[:97]
+        + "\nThe pass key is 31. Remember it. 31 is the pass "
         "key.\n" + infinite[:103] + "\nWhat is the pass key? The pass key is"
     )
     assert passkey.prompt(200, 97 / 200, 31) == wanted

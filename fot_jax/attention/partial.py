@@ -199,6 +199,30 @@ def attend(
     return Partial(o_BGQK.reshape(q_BHTK.shape), lse.reshape(q_BHTK.shape[:-1]))
 
 
+def attend_by_blocks(
+    q_BHTK: Array, k_BGSK: Array, v_BGSK: Array, visible_BTS: Array, *, scale: float, score_bytes: int
+) -> Partial:
+    """`attend`, with so many queries at a time that their scores take no more than `score_bytes`, or one query."""
+    B, H, T, _ = q_BHTK.shape
+    S = k_BGSK.shape[2]
+    size = min(T, max(1, score_bytes // (4 * B * H * S)))
+    if size == T:
+        return attend(q_BHTK, k_BGSK, v_BGSK, visible_BTS, scale=scale)
+    n = -(-T // size)
+
+    def cut(x: Array, axis: int) -> Array:
+        pad = [(0, n * size - T) if i == axis else (0, 0) for i in range(x.ndim)]
+        x = jnp.pad(x, pad)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], n, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(B, H, n * size, *x.shape[4:])[:, :, :T]
+
+    one = lambda x: attend(x[0], k_BGSK, v_BGSK, x[1], scale=scale)
+    return jax.tree.map(join, jax.lax.map(one, (cut(q_BHTK, 2), cut(visible_BTS, 1))))
+
+
 def made(x: Array) -> Array:
     """`x`, computed once: a CPU compiler would rather compute exponentials anew for every reader."""
     return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)

@@ -17,9 +17,7 @@ from fot_jax.config import ModelConfig
 from fot_jax.tokenizer import Tokenizer
 
 
-def of(
-    config: ConfigDict, model: ModelConfig, params: Any, inputs: Any, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
+def of(config: ConfigDict, model: ModelConfig, params: Any, inputs: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The evaluation's configuration but for the devices it runs on, the model, what is read, and this package."""
     stated = config.to_dict()
     stated.pop("mesh")

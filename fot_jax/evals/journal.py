@@ -1,4 +1,4 @@
-"""Parts of an evaluation, each written down as soon as it is measured, so that one that is stopped goes on from there."""
+"""Parts of an evaluation, each written down as soon as it is measured, so that one that is stopped goes on there."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ def draw(seed: int, length: int, number: int, garbage: int, depth: float | None)
 
 
 def garbage_for(encode: Any, length: int) -> int:
-    """Characters of garbage for a prompt of `length` tokens: those of a prompt of so much garbage, its key in the middle
-    of it, are as many or up to two fewer, where it can be met.
+    """Characters of garbage for a prompt of `length` tokens: a prompt of so much, its key in the middle, has as many
+    tokens or up to two fewer, where that can be met.
 
     Args:
         encode: text -> tokens of a prompt, with its BOS.
@@ -133,9 +133,7 @@ def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> li
     return [(length, garbage_for(encode, length)) for length in sorted(set(config.options.lengths))]
 
 
-def run(
-    subject: Subject, options: ConfigDict, garbage: Sequence[tuple[int, int]], journal: Journal
-) -> Report:
+def run(subject: Subject, options: ConfigDict, garbage: Sequence[tuple[int, int]], journal: Journal) -> Report:
     """Share of keys that are found, by length and depth.
 
     Args:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -177,7 +177,10 @@ def _step(config, params, tokens_BT, targets_BT, valid_BT, starts_B, stream, kee
     keys, values = (tuple(map(known, *both)) for both in ((stream.keys, keys), (stream.values, values)))
     count_B = jnp.sum(valid_BT, axis=1, dtype=jnp.int32)
     leave_B = jnp.minimum(count_B, W - overlap)
-    first, rest = (lambda xs: [x[..., : W - overlap] for x in xs]), (lambda xs: tuple(x[..., W - overlap :] for x in xs))
+    first, rest = (
+        (lambda xs: [x[..., : W - overlap] for x in xs]),
+        (lambda xs: tuple(x[..., W - overlap :] for x in xs)),
+    )
     mem = memory.append(mem, first(keys), first(values), leave_B)
     mem = memory.evict_oldest(mem, jnp.maximum(mem.length_B - keep, 0))
     return _Stream(mem, rest(keys), rest(values), count_B - leave_B), loss_BT
@@ -216,9 +219,7 @@ def token_losses(
         return np.stack([np.asarray(x)[:rows] for x in out]).astype(np.float64)
 
 
-def losses(
-    subject: Subject, windows: Windows, memory_tokens: int, *, clear_at_documents: bool = True
-) -> Losses:
+def losses(subject: Subject, windows: Windows, memory_tokens: int, *, clear_at_documents: bool = True) -> Losses:
     """Mean losses over windows read with the last `memory_tokens` tokens in memory."""
     nll = token_losses(subject, windows, memory_tokens, clear_at_documents=clear_at_documents)
     recall = windows.counts & windows.recall

@@ -29,7 +29,8 @@ from fot_jax.tokenizer import Tokenizer
 
 Ids = np.ndarray  # int32 [n]
 
-WINDOW_BYTES = 2**30  # of open windows of branches that are gone on with at a time
+WINDOW_BYTES = 2**31  # of open windows of branches that are gone on with at a time
+BRANCH_TOKENS = 2**14  # that branches read at a time: what layers make of them is not small either
 STOP_TOKENS = 32  # generated at a time where a text may end an answer
 
 
@@ -92,7 +93,8 @@ class Clock:
     def described(speed: dict[str, float]) -> str:
         """`speed` in words."""
         return (
-            f"{speed['tokens_read']:,} tokens read, {speed['tokens_generated']:,} generated in {speed['seconds']:,.1f} s, "
+            f"{speed['tokens_read']:,} tokens read, {speed['tokens_generated']:,} generated in "
+            f"{speed['seconds']:,.1f} s, "
             f"{speed['compile_seconds']:,.1f} of them compiling: {speed['tokens_per_second']:,.0f} tokens/s, "
             f"{100 * speed['outside_model']:.1f}% of the time outside the model"
         )
@@ -269,8 +271,8 @@ class Subject:
         out: list[list[Likelihood]] = [[] for _ in texts]
         for branches, tokens, mask in self._branches(reader, continuations, longest):
             with self.clock.model():
-                found, _ = score(self.config, self.params, branches, tokens, mask, **self._reading())
-            self.clock.count(int(mask.sum()))
+                options = dict(self._reading(), progress=self.clock.count)
+                found, _ = score(self.config, self.params, branches, tokens, mask, **options)
             ways = len(tokens) // self.rows
             for i, each in enumerate(out):
                 for row in range(i * ways, min((i + 1) * ways, i * ways + len(continuations[i]) - len(each))):
@@ -301,9 +303,9 @@ class Subject:
         out: list[list[np.ndarray]] = [[] for _ in texts]
         for branches, ids, mask in self._branches(reader, questions, longest):
             with self.clock.model():
-                branches = extend(self.config, self.params, branches, ids, mask, **self._reading())
+                options = dict(self._reading(), progress=self.clock.count)
+                branches = extend(self.config, self.params, branches, ids, mask, **options)
                 log_p = np.asarray(_log_p(branches.logits_BV, jnp.asarray(tokens)))
-            self.clock.count(int(mask.sum()))
             ways = len(ids) // self.rows
             for i, each in enumerate(out):
                 each += [*log_p[i * ways : min((i + 1) * ways, i * ways + len(questions[i]) - len(each))]]
@@ -350,11 +352,13 @@ class Subject:
     def _branches(
         self, reader: Reader, follows: Sequence[Sequence[Ids]], longest: int
     ) -> Iterator[tuple[Reader, np.ndarray, np.ndarray]]:
-        """Branches of what was read, as many at a time as their open windows fit `WINDOW_BYTES`, with the tokens that
-        follow in each, and their mask. Branches that nobody asked for have none.
+        """Branches of what was read, as many at a time as `WINDOW_BYTES` and `BRANCH_TOKENS` allow, with the tokens
+        that follow in each, and their mask. Branches that nobody asked for have none.
         """
         most = max(map(len, follows), default=0)
-        ways = max(1, min(most, WINDOW_BYTES // max(reader.local.nbytes, 1)))
+        # Keys lie there once more rotated, and both once more when they are appended to.
+        held = WINDOW_BYTES // max(3 * reader.local.nbytes, 1), BRANCH_TOKENS // (self.rows * max(longest, 1))
+        ways = max(1, min(most, *held))
         for first in range(0, most, ways):
             rows = [[*each[first : first + ways]] for each in follows]
             rows += [[] for _ in range(self.rows - len(rows))]
@@ -384,7 +388,8 @@ class Subject:
             found = np.concatenate([found, np.asarray(tokens)], axis=1)
             ended = ended | np.asarray(reader.ended_B)
             if stop and found.shape[1] < new_tokens:
-                ended |= [any(text in self.tokenizer.decode(row) for text in stop) for row in found]
+                known = [row[row < self.tokenizer.vocab_size] for row in found]  # a model's may be padded beyond it
+                ended |= [any(text in self.tokenizer.decode(row) for text in stop) for row in known]
                 reader = dataclasses.replace(
                     reader, ended_B=jax.device_put(jnp.asarray(ended), reader.ended_B.sharding)
                 )

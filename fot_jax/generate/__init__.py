@@ -31,6 +31,7 @@ Array = jax.Array
 
 SPILLS = ("block", "sliding")
 OPEN_TOKENS = 16  # least tokens of the open window read at a time; fewer cost no less
+OPEN_BYTES = 2**29  # of scores within open windows, by which the tokens read at a time are bounded
 OUT_TOKENS = 256  # least tokens that a decoding program has room for
 # Memory allocated unless more is needed: 16 windows, if they are not very small or large.
 MEMORY_WINDOWS, MEMORY_BYTES = 16, (16 * 2**20, 2**30)
@@ -245,7 +246,9 @@ def prefill(
     for c in {c_B.min().item(), c_B.max().item()}:
         tokens_BT, mask_BT, _ = _check_tokens(config, tokens_BT, c, attention_mask)
     if c_B.shape not in ((), (len(tokens_BT),)):
-        raise ValueError(f"last_context_length has shape {c_B.shape}; wanted one for all {len(tokens_BT)} rows, or each")
+        raise ValueError(
+            f"last_context_length has shape {c_B.shape}; wanted one for all {len(tokens_BT)} rows, or each"
+        )
     reading = memories.Reading(memory, k, score_bytes)
     length_B = mask_BT.sum(1)
     if not length_B.all():
@@ -374,11 +377,13 @@ def _extend_rows(
     Also, for each time, the first token of each row, how many, and what `look` (see `_extend`) made of them.
     """
     W, local_B, looks = config.window, np.asarray(reader.local.length_B), []
+    most = OPEN_BYTES // (4 * len(local_B) * config.n_heads * W)
+    most = min(W, max(memories.power_of_two(most + 1) // 2, OPEN_TOKENS))
     while (start_B < end_B).any():
         full_B = (local_B >= W) & (start_B < end_B)
         local_B = local_B - full_B * _spilled(W, spill)
-        count_B = np.minimum(W - local_B, end_B - start_B)
-        size = min(W, memories.power_of_two(max(int(count_B.max()), OPEN_TOKENS)))
+        count_B = np.minimum(np.minimum(W - local_B, end_B - start_B), most)
+        size = min(most, memories.power_of_two(max(int(count_B.max()), OPEN_TOKENS)))
         tokens = _columns(tokens_BT, start_B, size)
         options = dict(spill=spill, reading=reading, look=look)
         reader, seen = _extend(config, params, reader, tokens, count_B.astype(np.int32), **options)
