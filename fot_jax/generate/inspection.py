@@ -1,7 +1,10 @@
-"""Which tokens of memory a model's queries retrieve, and how many of the best an approximate search finds."""
+"""Which tokens of memory a model's queries retrieve, how those score among their neighbours, and how many of the best
+an approximate search finds.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -9,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fot_jax import attention, model
 from fot_jax import memory as memories
-from fot_jax import model
 from fot_jax.config import ModelConfig
-from fot_jax.generate import Reader, _check_room, _check_rows, _check_tokens, make_room
+from fot_jax.generate import OPEN_TOKENS, Reader, _check_room, _check_rows, _check_tokens, make_room
+from fot_jax.memory.stored import loaded
 
 Array = jax.Array
 
@@ -72,6 +76,91 @@ def retrieved(
     return out
 
 
+class Surroundings(NamedTuple):
+    """What some queries of a memory layer retrieve, best first, and how the keys round about score with them.
+
+    Attributes:
+        layer: the layer, counted from 0 among all.
+        slots_BHQN: int32, slots of memory, -1 where fewer than N are filled.
+        scores_BHQN: float32, scores as attention takes the softmax of them: inner products of a query, which carries
+            the learned temperature where there is one, with keys, times `model.score_scale`; -inf there.
+        around_BHQNR: the same of slots n - r .. n + r round the first of the slots n, R = 2 r + 1 and N as many as were
+            asked for; -inf where memory has no such slot.
+    """
+
+    layer: int
+    slots_BHQN: np.ndarray
+    scores_BHQN: np.ndarray
+    around_BHQNR: np.ndarray
+
+
+def surroundings(
+    config: ModelConfig,
+    params: Any,
+    reader: Reader,
+    tokens_BT: Any,
+    at_Q: Any,
+    *,
+    k: int,
+    first: int,
+    around: int,
+    reading: memories.Reading = memories.DENSE,
+) -> list[Surroundings]:
+    """The k slots of memory that score highest with the queries of some of the next tokens, in every memory layer, and
+    the scores of the keys round the first of them.
+
+    Args:
+        reader, tokens_BT, reading: as for `retrieved`.
+        at_Q: integers [Q], the tokens whose queries are meant, counted from 0 in `tokens_BT`.
+        k: slots.
+        first: how many of them have their surroundings scored, 1..k.
+        around: r, keys on either side.
+
+    Raises:
+        ValueError: tokens that do not fit; queries of none of them; `k`, `first` or `around` out of range.
+    """
+    memories.Reading("topk", k)
+    if not 1 <= first <= k or around < 0:
+        raise ValueError(f"first is {first} and around {around}; wanted 1..{k} (k) and at least 0")
+    tokens_BT, at_Q = _next_tokens(config, reader, tokens_BT), np.asarray(at_Q)
+    B, T = tokens_BT.shape
+    if at_Q.ndim != 1 or not at_Q.size or at_Q.min() < 0 or at_Q.max() >= T:
+        raise ValueError(f"queries are those of tokens {at_Q.tolist()}; wanted one or more of 0..{T - 1}")
+    # Few shapes, so that few programs serve all lengths.
+    width = min(config.window, memories.power_of_two(max(T, OPEN_TOKENS)))
+    padded_BT = np.pad(tokens_BT, ((0, 0), (0, width - T)))
+    padded_Q = np.pad(at_Q, (0, memories.power_of_two(len(at_Q)) - len(at_Q)), mode="edge").astype(np.int32)
+    given = padded_BT, np.full(B, T, np.int32), padded_Q
+    options = dict(k=k, first=first, around=around, reading=reading)
+    # Where a window may spill, memory is copied.
+    full = bool(np.any(np.asarray(reader.local.length_B) >= config.window))
+    found = _surroundings(config, params, reader, *given, full=full, **options)
+    cut = lambda x: np.asarray(x)[:, :, : len(at_Q)]
+    return [Surroundings(layer, *map(cut, each)) for layer, each in zip(config.mem_layers, found, strict=True)]
+
+
+def begun(reader: Reader, slots: int) -> Reader:
+    """A reader with an empty open window after the first `slots` tokens of another's memory, where they lie: what the
+    other was when it had read so many, whatever it has read since. Its scores of the next token are not known.
+
+    Args:
+        reader: one of whose memory nothing was evicted.
+
+    Raises:
+        ValueError: a memory with fewer tokens.
+    """
+    held = int(np.min(np.asarray(reader.mem.length_B)))
+    if not 0 <= slots <= held:
+        raise ValueError(f"{slots} tokens of a memory that holds {held}; wanted no more")
+    pages, left = [], slots
+    for page in reader.mem.pages:
+        pages.append(dataclasses.replace(page, length_B=jnp.minimum(page.length_B, left)))
+        left = max(left - page.capacity, 0)
+    nothing = dataclasses.replace(reader.local, length_B=jnp.zeros_like(reader.local.length_B))
+    parts = dict(length_B=jnp.full_like(reader.length_B, slots), logits_BV=jnp.full_like(reader.logits_BV, jnp.nan))
+    return dataclasses.replace(reader, local=nothing, mem=reader.mem.with_pages(pages), **parts)
+
+
 def recall(
     config: ModelConfig, params: Any, reader: Reader, tokens_BT: Any, reading: memories.Reading
 ) -> dict[int, float]:
@@ -125,3 +214,51 @@ def _retrieve(config, params, reader, tokens_BT, *, k, reading, recalls) -> list
 
     model.extend_window(config, params, tokens_BT, mem=mem, local=local, reading=reading, watch=watch)
     return found
+
+
+@functools.partial(jax.jit, static_argnames=("config", "full", "k", "first", "around", "reading"))
+def _surroundings(config, params, reader, tokens_BT, count_B, at_Q, *, full, k, first, around, reading) -> list[tuple]:
+    """(slots, scores, scores round the first slots) of each memory layer, of the queries of tokens `at_Q`."""
+    local, mem = reader.local, reader.mem
+    if full:
+        local, mem = make_room(config, local, mem, "block", jnp.ones_like(reader.ended_B))
+    scale, found = model.score_scale(config), []
+
+    def watch(m: int, q_BHTK: Array) -> None:
+        q_BHQK = jnp.take(q_BHTK, at_Q, axis=2)
+        of = dict(k=k, score_bytes=reading.score_bytes, deals=mem.deals, seen=mem.each_seen)
+        slots, s = memories.search(q_BHQK, mem.keys[m], mem.length_B, **of)
+        found.append((slots, s * scale, _around(mem, m, q_BHQK, slots[..., :first], around) * scale))
+
+    options = dict(mem=mem, local=local, count_B=count_B, reading=reading, watch=watch)
+    model.extend_window(config, params, tokens_BT, **options)
+    return found
+
+
+def _around(mem: memories.Cache | memories.Pages, m: int, q_BHQK: Array, slots_BHQN: Array, around: int) -> Array:
+    """Inner products [B, H, Q, N, R] of queries with the keys of layer m round slots, one slot of each row after
+    another; -inf where there is no slot.
+    """
+    B, H, Q, N = slots_BHQN.shape
+    R = 2 * around + 1
+    if not mem.capacity:
+        return jnp.full((*slots_BHQN.shape, R), -jnp.inf)
+    keys = mem.with_pages([dataclasses.replace(page, keys=(page.keys[m],), values=()) for page in mem.pages])
+    G, near_R = keys.pages[0].keys[0].shape[1], jnp.arange(R) - around
+    seen_BM = memories.seen_slots(mem) if any(seen is not None for seen in mem.each_seen) else None
+
+    def one(given: tuple[Array, Array, Array]) -> Array:
+        head, query, slot_B = given
+        (k_BGKR,), _ = memories.take(keys, slot_B - around, R)
+        of_head = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, 1)
+        q_B11K = of_head(q_BHQK, head)[:, :, query][:, :, None]
+        s_BR = attention.scores(q_B11K, of_head(loaded(k_BGKR), head // (H // G)), slots_last=True, exact=True)[:, 0, 0]
+        slot_BR = slot_B[:, None] + near_R[None, :]
+        there_BR = (slot_BR >= 0) & (slot_BR < mem.length_B[:, None]) & (slot_B >= 0)[:, None]
+        if seen_BM is not None:
+            there_BR &= jnp.take_along_axis(seen_BM, jnp.clip(slot_BR, 0, mem.capacity - 1), axis=1)
+        return jnp.where(there_BR, s_BR, -jnp.inf)
+
+    head, query, _ = (x.reshape(-1) for x in jnp.meshgrid(*map(jnp.arange, (H, Q, N)), indexing="ij"))
+    s_nBR = jax.lax.map(one, (head, query, jnp.moveaxis(slots_BHQN, 0, -1).reshape(-1, B)))
+    return jnp.moveaxis(s_nBR, 1, 0).reshape(B, H, Q, N, R)
