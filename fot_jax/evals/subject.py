@@ -42,7 +42,7 @@ def reading_options() -> dict[str, Any]:
         memory_dtype="",  # what memory is stored in: float32, bfloat16, float16 or int8; "": the checkpoint's
         window=0,  # tokens of a window, at most the checkpoint's; 0: as many
         last_context_length=0,  # tokens of a text left in the open window, where it is longer; 0: the checkpoint's
-        capacity=0,  # most tokens of a text that are read; 0: as many as it has
+        capacity=0,  # most tokens of a text, longer ones are refused; 0: any number
         rows=8,  # texts read side by side
     )
 
