@@ -66,7 +66,7 @@ def evaluate(config: ConfigDict, stated: str, folder: str = "") -> None:
         tokenizer = open_tokenizer(config.tokenizer or checkpoint)
         check_vocab(tokenizer, found.vocab_size, padded=True)
     mesh = sharding.make_mesh(config.mesh.to_dict())
-    inputs = evaluation.inputs(config, tokenizer, out)
+    inputs = evaluation.inputs(config, found, tokenizer, out)
 
     shardings = None
     if mesh.size > 1:
@@ -74,7 +74,8 @@ def evaluate(config: ConfigDict, stated: str, folder: str = "") -> None:
     with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
         loaded, params = load_pretrained(checkpoint, config.dtype, shardings)
         subject = Subject.of(loaded, params, tokenizer, config.options)
-        journal = Journal(out / f"{name}.partial.jsonl", identity.of(config, loaded, params, inputs, tokenizer))
+        same = identity.of(config, loaded, params, inputs, tokenizer)
+        journal = Journal(out / f"{name}.{identity.digest(same)[:8]}.partial.jsonl", same)
         start = time.perf_counter()
         report = evaluation.run(subject, config.options, inputs, journal)
     speed = subject.clock.speed(time.perf_counter() - start)

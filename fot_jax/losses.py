@@ -14,6 +14,7 @@ from fot_jax.config import ModelConfig
 
 Array = jax.Array
 PyTree = Any
+LOGIT_BYTES = 2**27  # of logits at a time, where no gradient is wanted
 Batch = dict[str, Any]
 
 
@@ -32,6 +33,14 @@ def cross_entropy(logits_BTV: Array, targets_BT: Array) -> tuple[Array, Array]:
     The gradient, softmax(logits) - one_hot(target), is written out: autodiff would scatter the target's part.
     """
     return _cross_entropy_forward(logits_BTV, targets_BT)[0]
+
+
+def token_losses(config: ModelConfig, params: PyTree, hidden_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
+    """`cross_entropy` of the logits of some tokens at a time, `LOGIT_BYTES` of them or one of every row."""
+    T = targets_BT.shape[1]
+    chunks = _chunks(LOGIT_BYTES // (4 * config.vocab_size), hidden_BTD, targets_BT)
+    found = jax.lax.map(lambda x: cross_entropy(model.logits(config, params, x[0]), x[1]), chunks)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :T] for x in found)
 
 
 def _cross_entropy_forward(logits_BTV, targets_BT):

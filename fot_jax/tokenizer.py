@@ -339,6 +339,12 @@ def _chunks(text: str) -> Iterator[str]:
         start = end
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids [n] int32 of a text, after BOS where the model expects one."""
+    bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return np.concatenate([np.asarray(bos, np.int32), tokenizer.encode(text)]).astype(np.int32)
+
+
 def check_vocab(tokenizer: Tokenizer, vocab_size: int, *, padded: bool = False) -> None:
     """Refuses a model that does not have the tokenizer's vocabulary.
 

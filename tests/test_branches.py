@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fot_jax
-from fot_jax import sharding
+from fot_jax import losses, sharding
 from fot_jax.generate import decode, extend, prefill
 from fot_jax.generate.branches import branched, score
 from fot_jax.memory import Reading
@@ -57,19 +57,23 @@ def alone(row):
 def test_scores_of_branches_are_those_of_long_forward(params, reading):
     reader = branched(prefill(CONFIG, params, TEXT_BT, attention_mask=TEXT_MASK, **reading), WAYS)
     assert reader.mem.length_B.shape == (3,) and reader.local.length_B.shape == (9,)
+    held = reader.mem.keys[0][0].unsafe_buffer_pointer()
     scores, after = score(CONFIG, params, reader, NEXT_BT, NEXT_MASK, **reading)
     for row in range(9):
         tokens, n = alone(row)
         if not n:
             assert (scores.log_p_BT[row] == 0).all() and scores.likeliest_BT[row].all()
             continue
-        logits = fot_jax.long_forward(CONFIG, params, tokens, min(6, tokens.size - n) + n, **reading)[0]
+        c = 6 + n
+        behind = np.pad(tokens, ((0, 0), (0, 7 - n)))  # to the same shapes: what follows changes nothing before
+        logits = fot_jax.long_forward(CONFIG, params, behind, c + 7 - n, **reading)[0, : tokens.size]
         log_p = np.asarray(jax.nn.log_softmax(logits))[-n - 1 : -1]
         np.testing.assert_allclose(
             scores.log_p_BT[row][NEXT_MASK[row]], log_p[np.arange(n), tokens[0, -n:]], atol=1e-5, rtol=1e-5
         )
         np.testing.assert_array_equal(scores.likeliest_BT[row][NEXT_MASK[row]], log_p.argmax(-1) == tokens[0, -n:])
         np.testing.assert_allclose(after.logits_BV[row], logits[-1], atol=2e-5)
+    assert after.mem.keys[0][0].unsafe_buffer_pointer() == held  # where it was, and not deleted
 
 
 @pytest.mark.parametrize("reading", READINGS, ids=["dense", "topk"])
@@ -96,12 +100,24 @@ def test_a_window_that_spills_while_it_is_scored(params):
     np.testing.assert_array_equal(reader.length_B, [60])
 
 
-def test_blocks_of_logits_are_the_whole(params, monkeypatch):
-    from fot_jax.generate import branches
+def test_nothing_of_a_shared_memory_is_copied(params):
+    """What going on makes does not grow with memory."""
+    sizes = []
+    for capacity in (2**10, 2**14):
+        reader = branched(prefill(CONFIG, params, TEXT_BT[:1], memory_capacity=capacity), 2)
+        whole = sum(x.nbytes for x in jax.tree.leaves(reader.mem))
+        before = {id(x) for x in jax.live_arrays()}
+        out, reader = decode(CONFIG, params, reader, max_new_tokens=2)
+        scores, reader = score(CONFIG, params, reader, [[3, 4], [5, 6]])
+        new = sum(x.nbytes for x in jax.live_arrays() if id(x) not in before)
+        sizes.append((new, whole))
+    assert sizes[1][0] < 1.2 * sizes[0][0] < sizes[1][1] / 10
 
+
+def test_blocks_of_logits_are_the_whole(params, monkeypatch):
     reader = lambda: prefill(CONFIG, params, TEXT_BT, attention_mask=TEXT_MASK)
     whole, _ = score(CONFIG, params, reader(), NEXT_BT[:3], NEXT_MASK[:3])
-    monkeypatch.setattr(branches, "LOGIT_BYTES", 4 * 3 * 4 * CONFIG.vocab_size)
+    monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 3 * 4 * CONFIG.vocab_size)
     jax.clear_caches()
     parts, _ = score(CONFIG, params, reader(), NEXT_BT[:3], NEXT_MASK[:3])
     np.testing.assert_allclose(parts.log_p_BT, whole.log_p_BT, atol=1e-5)

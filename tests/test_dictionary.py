@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fot_jax
+from fot_jax import sharding
 from fot_jax.evals import dictionary
 from fot_jax.evals.dictionary import Vocabulary
 from fot_jax.evals.journal import Journal
@@ -34,6 +35,11 @@ def options(**changes):
     found.update(vocabulary=SMALL, block=32, dictionary_tokens=(64, 128), questions=3, seeds=(0, 1, 2), k=4, rows=2)
     found.update(changes)
     return found
+
+
+def run(params, journal=None, **changes):
+    given = options(**changes)
+    return dictionary.run(Subject.of(CONFIG, params, None, given), given, (), journal or Journal())
 
 
 def test_definitions_and_questions():
@@ -113,16 +119,54 @@ def test_right_tokens_are_those_of_long_forward(params, together):
 
 
 def test_rows_change_nothing(params):
-    found = []
-    for rows in (2, 10):
-        given = options(rows=rows, documents=2, seeds=(0, 4))
-        report = dictionary.run(Subject.of(CONFIG, params, None, given), given, (), Journal())
-        found.append(report.values["right_tokens"])
+    found = [run(params, rows=rows, documents=2, seeds=(0, 4)).values["right_tokens"] for rows in (2, 10)]
     assert found[0] == found[1] and set(found[0]) == {"64", "128"} and set(found[0]["64"]) == {"0", "4"}
     alone = dictionary.right_tokens(
-        Subject.of(CONFIG, params, None, options()), [dictionary.document(4, 64, 1, options())], False
+        Subject.of(CONFIG, params, None, options()), [dictionary.document(4, 64, 1, options())], True
     )
     assert found[0]["64"]["4"][1] == alone[0]
+
+
+class Parts(Journal):
+    """A journal that remembers how many tokens it was told of."""
+
+    def results(self, parts, *others):
+        self.tokens = sum(part.tokens for part in parts)
+        return super().results(parts, *others)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+def test_progress_ends_at_all_tokens(params, together):
+    given, journal = options(together=together, rows=2), Parts()
+    subject = Subject.of(CONFIG, params, None, given)
+    dictionary.run(subject, given, (), journal)
+    assert subject.clock.read == journal.tokens > 3 * (62 + 126)
+
+
+def test_stopped_and_gone_on_with(params, tmp_path, monkeypatch):
+    whole, right_tokens, calls = run(params).values, dictionary.right_tokens, []
+
+    def stops(*arguments):
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return right_tokens(*arguments)
+
+    monkeypatch.setattr(dictionary, "right_tokens", stops)
+    path = tmp_path / "journal.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(params, Journal(path, {}))
+    assert run(params, Journal(path, {})).values == whole
+    assert len(calls) == 3 + 2  # two of four parts were there
+
+
+def test_the_same_report_on_eight_devices(params, devices):
+    given = dict(rows=8, seeds=tuple(range(8)), dictionary_tokens=(64,))
+    whole = run(params, **given).values
+    mesh = sharding.make_mesh({"data": 8}, devices)
+    with jax.set_mesh(mesh):
+        put = jax.device_put(params, sharding.param_shardings(mesh, params))
+        assert run(put, **given).values == whole
 
 
 def test_report_by_hand(tmp_path):
@@ -149,10 +193,13 @@ def test_report_by_hand(tmp_path):
         (dict(dictionary_tokens=(0,)), "0 tokens has 0 definitions"),
         (dict(dictionary_tokens=()), r"dictionary_tokens is \(\)"),
         (dict(block=9), "block is 9; wanted at least 10"),
-        (dict(questions=4, together=True), "4 questions have 40 tokens; wanted no more than the window's 32"),
+        (dict(block=24), "block is 24 and window 32, which would cut records in two; wanted a block that divides"),
+        (dict(block=64), "block is 64 and window 32"),
+        (dict(window=31), "block is 32 and window 31"),
+        (dict(questions=4), "4 questions have 40 tokens; wanted no more than the window's 32: fewer, or together=Fal"),
         (dict(questions=0), "questions is 0 and documents 1"),
         (dict(seeds=(1, 1)), r"seeds is \(1, 1\); wanted different numbers"),
-        (dict(capacity=130), "128 tokens, with its questions, has 136 tokens; capacity is 130"),
+        (dict(capacity=130), "128 tokens, with its questions, has 156 tokens; capacity is 130"),
         (dict(window=64), "window is 64; wanted 1..32"),
     ],
 )
@@ -163,8 +210,8 @@ def test_bad_options(changes, message):
 
 def test_a_model_without_memory_reads_its_window():
     plain = CONFIG.replace(mem_layers=())
-    dictionary.check(plain, options(block=0, dictionary_tokens=(22,), questions=2))  # 20 tokens of them are read
-    with pytest.raises(ValueError, match="a dictionary of 64 tokens, with its questions, has 72 tokens; the model has"):
+    dictionary.check(plain, options(block=0, dictionary_tokens=(12,), questions=1))  # ten tokens of them are read
+    with pytest.raises(ValueError, match="a dictionary of 64 tokens, with its questions, has 92 tokens; the model has"):
         dictionary.check(plain, options())
 
 

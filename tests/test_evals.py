@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fot_jax
-from fot_jax import memory, model
+from fot_jax import memory, model, sharding
 from fot_jax.config import DtypePolicy
 from fot_jax.evals import Report, perplexity, quickstart
 from fot_jax.evals.journal import Journal
@@ -128,29 +128,46 @@ def test_every_token_is_cut_once_with_a_stride():
 @pytest.mark.parametrize("clears", [True, False])
 def test_sliding_windows_are_those_that_are_spelled_out(params, clears):
     """Each window with a memory made by hand: of each token the keys and values of the window that counts it."""
-    config, given, m, stride = CONFIG.replace(window=6), documents(25, 17), 7, 2
-    windows = perplexity.cut(given, 6, 1, stride)
+    config, given, m, stride, W = CONFIG.replace(window=6), documents(25, 17), 7, 2, 6
+    windows = perplexity.cut(given, W, 1, stride)
     found = perplexity.token_losses(subject(params, config=config), windows, m, clear_at_documents=clears)
-    found = found[windows.counts]
-    stream, wanted = [], []  # (keys, values) of every token so far
+
+    @jax.jit
+    def read(tokens, valid, keys, values, count):
+        mem = memory.append(memory.init_memory(config, 1, m), (keys,), (values,), count)
+        hidden, (keys,), (values,) = model.read_window(config, params, tokens, mem=mem, valid_BT=valid)
+        return jax.nn.log_softmax(model.logits(config, params, hidden))[0], keys, values
+
+    nothing = np.zeros((1, config.n_kv_heads, config.head_size, 1), np.float32)
+    stream, wanted = [], []  # (key, value) of every token so far
     for document in given:  # longest first, as they are cut
         stream = [] if clears else stream
-        before = len(stream)
-        n = len(document) - 1
-        for start in range(0, max(n - 6, 0) + stride if n > 6 else 1, stride):
-            tokens = document[None, start : min(start + 6, n)]
-            fresh = 0 if start == 0 else 6 - stride  # first column that counts
-            if tokens.shape[1] <= fresh:
+        before, n = len(stream), len(document) - 1
+        for start in range(0, n, stride):
+            fresh = 0 if start == 0 else W - stride  # first column that counts
+            if start + fresh >= n:
                 break
-            mem = memory.init_memory(config, 1, 16)
-            for key, value in stream[max(0, before + start - m) : before + start]:
-                mem = memory.append(mem, (key,), (value,))
-            hidden, (keys,), (values,) = model.read_window(config, params, tokens, mem=mem)
-            log_p = jax.nn.log_softmax(model.logits(config, params, hidden))[0]
-            for t in range(fresh, tokens.shape[1]):
+            seen = stream[max(0, before + start - m) : before + start]
+            pad = [nothing] * (m - len(seen))
+            keys, values = (np.concatenate([*x, *pad], -1) for x in (zip(*seen) if seen else ((), ())))
+            at = np.minimum(start + np.arange(W), n - 1)[None]
+            valid = start + np.arange(W)[None] < n
+            log_p, keys, values = map(np.asarray, read(document[at], valid, keys, values, np.array([len(seen)])))
+            for t in range(fresh, min(W, n - start)):
                 wanted.append(-float(log_p[t, document[start + t + 1]]))
                 stream.append((keys[..., t : t + 1], values[..., t : t + 1]))
-    np.testing.assert_allclose(found, wanted, rtol=2e-5)
+    np.testing.assert_allclose(found[windows.counts], wanted, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("clears", "stride"), [(True, 4), (False, 4), (False, 3)])
+def test_memory_dealt_to_devices_holds_as_many_tokens(params, devices, clears, stride):
+    windows = perplexity.cut(documents(40, 33, 17, 22), 4, 2, stride)
+    wanted = perplexity.token_losses(subject(params), windows, 13, clear_at_documents=clears)
+    mesh = sharding.make_mesh(dict(data=2, context=4), devices)
+    with jax.set_mesh(mesh):
+        put = jax.device_put(params, sharding.replicated(mesh))
+        found = perplexity.token_losses(subject(put), windows, 13, clear_at_documents=clears)
+    np.testing.assert_allclose(found[windows.counts], wanted[windows.counts], rtol=2e-5)
 
 
 def test_with_the_window_as_stride_nothing_changes(params):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import importlib.util
 import json
 import math
@@ -20,7 +22,9 @@ import fot_jax
 from fot_jax import files
 from fot_jax.evals import requests
 from fot_jax.evals.chat import Chat
-from fot_jax.evals.subject import Subject
+from fot_jax.evals.subject import Likelihood, Subject
+from fot_jax.generate import memory_tokens
+from fot_jax.generate.sampling import Sampling
 from fot_jax.tokenizer import open_tokenizer, train_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -46,7 +50,7 @@ def folder(tmp_path_factory):
         vocab_size=tokenizer.vocab_size + 3,  # padded, as published models are
         d_model=32,
         d_ff=48,
-        n_layers=3,
+        n_layers=2,
         n_heads=4,
         n_kv_heads=2,
         window=W,
@@ -124,27 +128,18 @@ def test_loglikelihoods_are_those_of_the_model_alone(lm):
         sum_, best = wanted(lm, *pair)
         assert type(likely) is float and likely == pytest.approx(sum_, abs=1e-4) and greedy is best
     assert sorted(hook) == sorted(("loglikelihood", pair, each) for pair, each in zip(PAIRS, found, strict=True))
-    for pair, (likely, greedy) in zip(PAIRS, found, strict=True):
-        ((alone, best),) = lm.loglikelihood(instances("loglikelihood", pair), disable_tqdm=True)
-        assert alone == pytest.approx(likely, abs=1e-5) and best is greedy
-
-
-@pytest.mark.parametrize("pair", [PAIRS[3], PAIRS[4]], ids=["long", "short"])
-def test_loglikelihoods_are_those_of_long_forward(lm, pair):
-    before, after = lm._encode_pair(*pair)
-    c = W if len(before) + len(after) <= W else min(C, W - len(after)) + len(after)
-    tokens = np.array([*before, *after])[None]
-    logits = fot_jax.long_forward(lm.subject.config, lm.subject.params, tokens, c)[0, len(before) - 1 : -1]
-    sum_ = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(after)), after].sum()
-    assert lm.loglikelihood(instances("loglikelihood", pair))[0][0] == pytest.approx(sum_, abs=1e-4)
+    for number in (1, 5, 9):
+        ((alone, best),) = lm.loglikelihood(instances("loglikelihood", PAIRS[number]), disable_tqdm=True)
+        assert alone == pytest.approx(found[number][0], abs=1e-5) and best is found[number][1]
 
 
 def test_the_likeliest_continuation_is_greedy(lm):
     (answer,) = lm.generate_until(instances("generate_until", ("the cat", {"until": [], "max_gen_toks": 3})))
     ids = requests.answer(lm.subject, [np.array(lm.tok_encode("the cat"), np.int32)], requests.How(3))[0]
     assert lm.tok_decode(ids) == answer
-    asked = [(None, lm.tok_encode("the cat"), list(ids)), (None, lm.tok_encode("the cat"), [*ids[:-1], ids[-1] ^ 1])]
-    assert [greedy for _, greedy in lm._loglikelihood_tokens(asked)] == [True, False]
+    prompt, others = lm.tok_encode("the cat"), [list(ids), [*ids[:-1], ids[-1] ^ 1], [ids[0] ^ 1, *ids[1:]]]
+    asked = [(None, prompt, other) for other in others]
+    assert [greedy for _, greedy in lm._loglikelihood_tokens(asked)] == [True, False, False]
 
 
 def test_requests_of_one_text_share_its_reading(lm):
@@ -159,6 +154,19 @@ def test_requests_of_one_text_share_its_reading(lm):
     assert all(len(batch) <= ROWS for batch in found) and [[5]] in found
     assert sum(requests.count(pairs, batch) for batch in found) == 300 + 52 + 6 + 27
     assert requests.batches(lm.subject, pairs[:3], sharing=False) == [[[2], [1], [0]]]
+
+
+def test_a_text_that_fills_its_memory(lm, monkeypatch):
+    """Beside one that leaves the window less room than what follows another."""
+    monkeypatch.setattr(sys.modules["fot_jax.generate"], "MEMORY_BYTES", (0, 0))  # no more than is needed
+    assert memory_tokens(lm.subject.config, ROWS, 64) == 64
+    pairs = [(np.arange(3, n + 3), np.arange(9, m + 9)) for n, m in ((64, 3), (14, 2), (3, 12))]
+    pairs = [(text.astype(np.int32), follows.astype(np.int32)) for text, follows in pairs]
+    (batch,) = requests.batches(lm.subject, pairs)
+    for number, likely in requests.score(lm.subject, pairs, batch):
+        after = pairs[number][1]
+        sum_ = log_p(lm.subject, *pairs[number])[np.arange(len(after)), after].sum()
+        assert likely.sum == pytest.approx(sum_, abs=1e-4)
 
 
 DOCUMENTS = ["", "a cat", LONG, " ".join([LONG, *TEXTS[:2]]), "the rat ran to ten"]
@@ -228,16 +236,29 @@ def test_answers_are_the_likeliest_tokens(lm):
     assert len(stopped) < len(whole[3]) and nothing == "" and json.dumps(given) == kept
 
 
-def test_draws_depend_on_the_prompt_alone(lm):
+def test_draws_depend_on_the_prompt_alone(lm, monkeypatch):
+    hook = []
+    monkeypatch.setattr(lm.cache_hook, "add_partial", lambda *given: hook.append(given))
     drawn = {"until": [], "max_gen_toks": 6, "do_sample": True, "top_k": 40}
     asked = instances("generate_until", ("the cat", drawn), (LONG, drawn), ("the cat", drawn))
     first, other, second = lm.generate_until(asked)
     assert first != second and lm.generate_until(asked[1:2]) == [other] and lm.generate_until(asked[:1]) == [first]
     (likeliest,) = lm.generate_until(instances("generate_until", ("the cat", {**drawn, "top_k": 1})))
     check_greedy(lm, "the cat", likeliest, 6)
-    lm.seed = 1
+    assert not hook  # whoever asks the same again is to get another
+    likeliest = lm.generate_until(instances("generate_until", ("the cat", {**drawn, "do_sample": False})))
+    assert [text for _, _, text in hook] == likeliest
+    monkeypatch.setattr(lm, "seed", 1)
     assert lm.generate_until(asked[1:2]) != [other]
-    lm.seed = 0
+
+
+def test_draws_of_two_prompts_are_two(lm):
+    """Of prompts of one length, where the model says the same of both."""
+    even = {**lm.subject.params, "head": jax.tree.map(lambda x: 0 * x, lm.subject.params["head"])}
+    subject, texts = dataclasses.replace(lm.subject, params=even), [np.full(3, i, np.int32) for i in (7, 8, 7)]
+    how = requests.How(6, sampling=Sampling(1.0, top_k=40))
+    first, other, again = (ids.tolist() for ids in requests.answer(subject, texts, how, [(0, 0)] * 3))
+    assert first == again != other
 
 
 @pytest.mark.parametrize(
@@ -381,7 +402,7 @@ def test_tasks_of_all_kinds(lm, tasks):
 def test_a_task_of_lm_evals_own(lm, tmp_path):
     """Its prompt, choices and metrics as they are; documents of the same columns from a file."""
     own = os.path.join(os.path.dirname(lm_eval.__file__), "tasks", "arc", "arc_easy.yaml")
-    letters = {"label": ["A", "B"], "text": ["the mat", "a hat"]}
+    letters = {"label": ["A", "B", "C"], "text": ["the mat", "a hat", "a rat"]}
     documents = [
         {"question": "where did the cat sit", "choices": letters, "answerKey": "A"},
         {"question": "what did the dog eat", "choices": letters, "answerKey": "B"},
@@ -398,69 +419,81 @@ def test_a_task_of_lm_evals_own(lm, tmp_path):
     right = []
     for sample, document in zip(found["samples"]["arc_local"], documents, strict=True):
         prompt = f"Question: {document['question']}\nAnswer:"
-        assert [tuple(each) for each in sample["arguments"]] == [(prompt, " the mat"), (prompt, " a hat")]
+        assert [tuple(each) for each in sample["arguments"]] == [(prompt, f" {choice}") for choice in letters["text"]]
         sums = [wanted(lm, prompt, f" {choice}")[0] for choice in letters["text"]]
         np.testing.assert_allclose([each[0][0] for each in sample["resps"]], sums, atol=1e-4)
-        right.append("AB"[int(np.argmax(sums))] == document["answerKey"])
+        right.append("ABC"[int(np.argmax(sums))] == document["answerKey"])
     assert found["results"]["arc_local"]["acc,none"] == np.mean(right)
 
 
-def test_a_command_that_was_killed_goes_on(folder, tasks, tmp_path, monkeypatch, capsys):
-    def run(out, *more):
-        given = [
-            "--checkpoint",
-            folder,
-            "--tasks",
-            "fot_ch*,fot_rolling",
-            "--include-path",
-            tasks,
-            "--out",
-            tmp_path / out,
-        ]
-        return harness.main([*map(str, given), "--rows", str(ROWS), "--bootstrap-iters", "0", *more])
+def test_a_command_that_was_killed_ends_with_the_same_bytes(folder, tasks, tmp_path, monkeypatch, capsys):
+    steps, fatal = [], 0
 
-    assert run("whole", "--log-samples") == 0
-    table = capsys.readouterr().out
+    def fatally(step):
+        def call(*given, **more):
+            steps.append(step)
+            if len(steps) == fatal:
+                raise KeyboardInterrupt
+            return step(*given, **more)
+
+        return call
+
+    read = Subject.read
+    monkeypatch.setattr(Subject, "read", fatally(read))
+    monkeypatch.setattr(Likelihood, "sum", property(fatally(Likelihood.sum.fget)))  # of each request of a batch
+
+    def run(out):
+        steps.clear()
+        gc.collect()  # a process that was killed has no file
+        given = ["--checkpoint", folder, "--tasks", "fot_ch*,fot_rolling,fot_until", "--include-path", tasks]
+        given += ["--out", tmp_path / out, "--rows", ROWS, "--bootstrap-iters", 0, "--log-samples"]
+        return harness.main([*map(str, given), "--gen-kwargs", "do_sample=True,top_k=40"])
+
+    def found(out):
+        return {path.name: path.read_bytes() for path in (tmp_path / out).iterdir() if "speed" not in path.name}
+
+    assert run("whole") == 0
+    table, whole, all_steps = capsys.readouterr().out, found("whole"), [*steps]
     assert "fot_choice" in table and "acc_norm" in table and "bits_per_byte" in table and "tokens read" in table
-    whole = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert whole == {"harness.json", "harness.speed.json", "harness.fot_choice.jsonl", "harness.fot_rolling.jsonl"}
-    lines = (tmp_path / "whole" / "harness.fot_choice.jsonl").read_text().splitlines()
+    assert set(whole) == {"harness.json", *(f"harness.fot_{name}.jsonl" for name in ("choice", "rolling", "until"))}
+    lines = whole["harness.fot_choice.jsonl"].decode().splitlines()
     assert [json.loads(line)["target"] for line in lines] == [1, 0, 2, 2, 0]
-
-    scores, asked = Subject.scores, []
-
-    def dies(self, texts, continuations, **more):
-        if len(asked) == fatal:
-            raise KeyboardInterrupt
-        asked.append(len(texts))
-        return scores(self, texts, continuations, **more)
-
-    monkeypatch.setattr(Subject, "scores", dies)
-    fatal = 1
-    with pytest.raises(KeyboardInterrupt):
-        run("out")
-    fatal = -1
-    (tmp_path / "out" / ".harness.0_rank0.db").touch()
-    capsys.readouterr()
-    assert run("out") == 0 and ".harness.0_rank0.db: answers of another run" in capsys.readouterr().err
-    assert sum(asked) == len(QUESTIONS) + len(DOCUMENTS) - 1 and asked[0] > 0
-    values = json.loads((tmp_path / "out" / "harness.json").read_text())
-    assert values == json.loads((tmp_path / "whole" / "harness.json").read_text())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"harness.json", "harness.speed.json"}
+    values = json.loads(whole["harness.json"])
     assert values["n-samples"]["fot_choice"]["effective"] == 5 and values["config"]["checkpoint"] == str(folder)
+    reads = [number for number, step in enumerate(all_steps) if step is read]
+    assert len(reads) == 4  # batches: two of choices, one of documents, one of answers
+    for point in (reads[0] + 6, reads[1] + 3, len(all_steps)):
+        fatal = point
+        with pytest.raises(KeyboardInterrupt):
+            run(f"{point}")
+        fatal = 0
+        assert run(f"{point}") == 0 and found(f"{point}") == whole
+        assert steps == all_steps[max(start for start in reads if start < point) :]
+    assert "loglikelihood: 2 of 2 were done before" in capsys.readouterr().err
 
 
-def test_the_command_says_what_is_wrong(folder, tasks, capsys):
-    given = ["--checkpoint", str(folder), "--include-path", str(tasks), "--tasks"]
-    for more, message in (
-        (["missing.yaml"], "missing.yaml: no such file"),
-        (["fot_choice", "--window", "99"], "window is 99; wanted 1..16"),
-        (["fot_choice", "--apply-chat-template"], "no chat template; wanted chat_template in tokenizer_config.json"),
+def test_the_command_says_what_is_wrong(folder, tasks, lm, tmp_path, capsys):
+    files.write(tmp_path / "bad.yaml", b"task: [a, {b")
+    files.write(tmp_path / "empty.yaml", b"dataset_path: json")
+    files.write_json(tmp_path / "wrong.yaml", {**json.loads((tasks / "fot_until.yaml").read_text()), "doc_to": "q"})
+    plain = lm.subject.config.replace(mem_layers=())
+    fot_jax.save_pretrained(tmp_path / "plain", plain, reference.random_params(plain))
+    given = ["--include-path", str(tasks), "--tokenizer", str(folder), "--checkpoint"]
+    for checkpoint, name, more, message in (
+        (folder, "missing.yaml", [], "missing.yaml: no such file"),
+        (folder, tmp_path / "bad.yaml", [], "bad.yaml cannot be loaded: ParserError: while parsing a flow"),
+        (folder, tmp_path / "empty.yaml", [], "empty.yaml cannot be loaded: ValueError: Unknown config shape"),
+        (folder, tmp_path / "wrong.yaml", [], "wrong.yaml cannot be loaded: TypeError: "),
+        (folder, "fot_choice", ["--window", "99"], "window is 99; wanted 1..16"),
+        (folder, "fot_choice", ["--apply-chat-template"], "no chat template; wanted chat_template in tokenizer_config"),
+        (tmp_path / "plain", "fot_until", [], "request 1, with max_gen_toks 5, has"),
     ):
-        assert harness.main([*given, *more]) == 2 and message in capsys.readouterr().err
+        assert harness.main([*given, str(checkpoint), "--tasks", str(name), *more]) == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("fot_jax.evals.harness: "))
+        assert message in line
     for more, message in ((["--mesh", "rows=2"], "'rows=2'; wanted sizes of data"), (["--limit", "0"], "'0'; wanted")):
         with pytest.raises(SystemExit):
-            harness.main([*given, "fot_choice", *more])
+            harness.main([*given, str(folder), "--tasks", "fot_choice", *more])
         assert message in capsys.readouterr().err
 
 
@@ -470,7 +503,9 @@ def test_lm_eval_knows_the_model_by_name(folder, lm):
     made = FotLM.create_from_arg_string(f"checkpoint={folder},last_context_length=5,reading=topk,k=2", extra)
     assert made.subject.rows == 3 and made.subject.config.last_context_length == 5 and made.subject.reading.k == 2
     assert FotLM.create_from_arg_obj({"checkpoint": folder}, {"batch_size": 1}).subject.rows == 8
-    assert made.identity() != lm.identity() == FotLM(folder, rows=2).identity() != lm.identity(True)
+    assert lm.identity() == FotLM(folder, rows=ROWS).identity()
+    for other in (dict(reading="topk"), dict(k=2, reading="topk"), dict(rows=2), dict(seed=1)):
+        assert FotLM(folder, **{"rows": ROWS, **other}).identity() != lm.identity()
 
 
 def test_without_lm_eval_the_error_says_what_to_install(monkeypatch):
@@ -488,7 +523,7 @@ def test_on_several_devices_as_on_one(folder, lm, devices):
 
 
 def test_as_lm_evals_model_for_transformers(tmp_path):
-    """Where all fits the window, and documents in whole windows of a model without memory, the numbers are its own."""
+    """Where all fits the window, the numbers are its own."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
@@ -501,21 +536,16 @@ def test_as_lm_evals_model_for_transformers(tmp_path):
     made.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(vocab_size=290, **options))
     names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names).save_pretrained(tmp_path)
-    sizes = dict(vocab_size=290, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    sizes = dict(vocab_size=290, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
     config = transformers.LlamaConfig(**sizes, max_position_embeddings=64, initializer_range=0.2)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     theirs = huggingface.HFLM(str(tmp_path), device="cpu", dtype="float32", batch_size=2)
     ours = FotLM(tmp_path, rows=2)
-    ids = ours.tok_encode(LONG * 6)
-    whole = ours.tok_decode(ids[:128])
-    assert ours.tok_encode(whole) == ids[:128] == theirs.tok_encode(whole)
+    assert ours.tok_encode(LONG) == theirs.tok_encode(LONG)
+    ends = {"until": ["e", "</s>"], "max_gen_toks": 9}
     for kind, asked in (
-        ("loglikelihood", [pair for pair in PAIRS[:9] if pair[0] != " "]),  # that of no token stops them
-        ("loglikelihood_rolling", [(LONG,), (whole,)]),
-        (
-            "generate_until",
-            [(LONG, {"until": ["e", "</s>"], "max_gen_toks": 9}), ("a", {"until": [], "max_gen_toks": 9})],
-        ),
+        ("loglikelihood", [*PAIRS[:3], *PAIRS[6:7]]),
+        ("generate_until", [(LONG, ends), ("a", {**ends, "until": []})]),
     ):
         found, wanted = (getattr(lm, kind)(instances(kind, *asked), disable_tqdm=True) for lm in (ours, theirs))
         if kind == "generate_until":

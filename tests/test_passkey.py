@@ -63,8 +63,17 @@ def test_lengths_are_met_to_one_percent(tokenizer, length):
     encode = lambda text: np.concatenate([[1], tokenizer.encode(text)])
     size = passkey.garbage_for(encode, length)
     for n, depth in enumerate((0.0, 0.3, 1.0)[: 1 if length > 10**5 else 3]):
-        found = len(encode(passkey.draw(0, length, n, size, depth).text))
-        assert abs(found - length) <= 0.01 * length, (found, length)
+        _, ids = passkey.within(encode, 0, length, n, size, depth)
+        assert 0.99 * length <= len(ids) <= length
+
+
+def test_no_prompt_is_longer_than_asked(tokenizer):
+    size = passkey.garbage_for(tokenizer.encode, 300)
+    drawn = [passkey.draw(0, 300, n, size, None) for n in range(100)]
+    found = [passkey.within(tokenizer.encode, 0, 300, n, size, None) for n in range(100)]
+    assert any(len(tokenizer.encode(each.text)) > 300 for each in drawn)
+    assert all(290 < len(ids) <= 300 for _, ids in found)
+    assert all((a.key, a.depth) == (b.key, b.depth) for a, (b, _) in zip(drawn, found, strict=True))
 
 
 def test_the_first_number_is_the_answer():
@@ -82,8 +91,8 @@ def test_report_and_going_on(config, tokenizer, tmp_path):
     assert [row[0] for row in wanted.rows] == [120, 150] and len(wanted.values["prompts"]["150"]) == 6
     for length in (120, 150):
         for n, each in enumerate(wanted.values["prompts"][str(length)]):
-            prompt = passkey.draw(0, length, n, dict(garbage)[length], (0.0, 1.0)[n % 2])
-            tokens = subject.encode(prompt.text)
+            size, depth = dict(garbage)[length], (0.0, 1.0)[n % 2]
+            prompt, tokens = passkey.within(subject.encode, 0, length, n, size, depth)
             assert (each["key"], each["depth"], each["tokens"]) == (prompt.key, prompt.depth, len(tokens))
             c = min(config.last_context_length, config.window - passkey.NEW_TOKENS)
             answer = fot_jax.generate(config, params, tokens[None], passkey.NEW_TOKENS, last_context_length=c)[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import html.parser
 import json
+import pathlib
 import unittest.mock
 
 import jax
@@ -19,7 +21,7 @@ from fot_jax.config import DtypePolicy
 from fot_jax.evals import page, retrieval
 from fot_jax.evals.journal import Journal
 from fot_jax.evals.subject import Subject
-from fot_jax.generate import prefill
+from fot_jax.generate import inspection, prefill
 from fot_jax.generate.inspection import begun, retrieved, surroundings
 from fot_jax.memory import cache
 from fot_jax.tokenizer import open_tokenizer, train_tokenizer
@@ -68,7 +70,7 @@ def options(tmp_path, content=TEXT, **changes):
 def evaluated(model, tokenizer, config, journal=None):
     found, params = model
     retrieval.check(found, config.options)
-    inputs = retrieval.inputs(config, tokenizer, None)
+    inputs = retrieval.inputs(config, found, tokenizer, None)
     subject = Subject.of(found, params, tokenizer, config.options)
     return retrieval.run(subject, config.options, inputs, journal or Journal())
 
@@ -94,7 +96,7 @@ def scores_of(config, params, tokens, position, start, k):
 @pytest.mark.parametrize(("name", "reading"), [("long", "dense"), ("small", "topk")])
 def test_scores_are_those_of_float64(models, tokenizer, tmp_path, name, reading):
     config, params = models[name]
-    tokens = retrieval.inputs(options(tmp_path), tokenizer, None)["tokens"]
+    tokens = retrieval.inputs(options(tmp_path), config, tokenizer, None)["tokens"]
     starts = {8: 5, 30: 25, 31: 25, 78: 75} if name == "small" else {8: 1, 78: 71}
     report = evaluated(models[name], tokenizer, options(tmp_path, tokens=tuple(starts), reading=reading))
     for (position, start), token in zip(starts.items(), report.values["tokens"]):
@@ -155,6 +157,23 @@ def test_a_window_begins_anew_before_memory_read_once(models):
             surroundings(config, params, reader, tokens[:, 21:26], at, k=K, first=first, around=around)
 
 
+def test_a_window_is_read_in_bounded_pieces(models, monkeypatch):
+    """After a full window, in the order of the queries that are asked for, with pieces between that have none."""
+    config, params = models["small"]
+    tokens = np.random.default_rng(0).integers(1, config.vocab_size, (1, 40)).astype(np.int32)
+    reader, given = prefill(config, params, tokens[:, :32], W), (tokens[:, 32:], [7, 1, 6, 0])
+    of = dict(k=K, first=SHOWN, around=FOCUS)
+    (whole,) = surroundings(config, params, reader, *given, **of)
+    monkeypatch.setattr(inspection, "OPEN_BYTES", 4 * config.n_heads * W * 2)
+    monkeypatch.setattr(inspection, "OPEN_TOKENS", 1)
+    with unittest.mock.patch.object(inspection, "_surroundings", side_effect=inspection._surroundings) as asked:
+        (pieces,) = surroundings(config, params, reader, *given, **of)
+    assert [call.args[3].shape[1] for call in asked.call_args_list] == [2, 2, 2, 2]
+    np.testing.assert_array_equal(whole.slots_BHQN, pieces.slots_BHQN)
+    np.testing.assert_allclose(whole.scores_BHQN, pieces.scores_BHQN, atol=1e-5)
+    np.testing.assert_allclose(whole.around_BHQNR, pieces.around_BHQNR, atol=1e-5)
+
+
 def test_neighbours_are_those_that_memory_stores_and_reads(models):
     config, _ = models["small"]
     config = config.replace(n_layers=1, mem_layers=(0,), dtypes=DtypePolicy(memory="int8"))
@@ -175,18 +194,25 @@ def test_neighbours_are_those_that_memory_stores_and_reads(models):
 def test_on_eight_devices(models, tokenizer, tmp_path, devices):
     config, params = models["small"]
     given = options(tmp_path, tokens=(30, 31, 77, 78), reading="topk")
-    alone = evaluated((config, params), tokenizer, given).values["tokens"]
+    alone = evaluated((config, params), tokenizer, given).values
     mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2}, devices)
     with jax.set_mesh(mesh):
         put = jax.device_put(params, sharding.param_shardings(mesh, params))
-        spread = evaluated((config, put), tokenizer, given).values["tokens"]
-    by_head = lambda token: {(h["layer"], h["head"]): h for h in token["heads"]}
-    for one, other in zip(map(by_head, alone), map(by_head, spread)):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert one[key]["positions"] == other[key]["positions"]
-            np.testing.assert_allclose(one[key]["knn"], other[key]["knn"], atol=1e-5)
-            np.testing.assert_allclose(one[key]["focus"], other[key]["focus"], atol=1e-5)
+        spread = evaluated((config, put), tokenizer, given).values
+    numbers = [[], []]
+
+    def without(x, found):
+        """With every fraction put into a list, and heads and places, which come by score, in an order of their own."""
+        if isinstance(x, dict):
+            return {key: without(x[key], found) for key in sorted(x)}
+        if isinstance(x, (list, tuple)):
+            known = {"layer", "position"} & x[0].keys() if x and isinstance(x[0], dict) else ()
+            name = lambda each: (each.get("position", 0), each["layer"], each["head"])
+            return [without(each, found) for each in (sorted(x, key=name) if "layer" in known else x)]
+        return found.append(x) if isinstance(x, float) else x
+
+    assert without(alone, numbers[0]) == without(spread, numbers[1]) and len(numbers[0]) > 500
+    np.testing.assert_allclose(*numbers, atol=1e-5)
 
 
 class Parsed(html.parser.HTMLParser):
@@ -258,6 +284,42 @@ def test_a_stopped_evaluation_goes_on(models, tokenizer, tmp_path):
     assert asked.call_count == 1 and again.values == whole.values and again.pages == whole.pages
 
 
+def test_progress_ends_at_all_of_it(models, tokenizer, tmp_path):
+    path, told = tmp_path / "partial.jsonl", []
+
+    @contextlib.contextmanager
+    def progress(total, desc):
+        told.append([total])
+        yield told[-1].append
+
+    with unittest.mock.patch("fot_jax.evals.journal.progress", progress):
+        for _ in range(2):
+            evaluated(models["long"], tokenizer, options(tmp_path, tokens=(31, 64)), Journal(path, {}))
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    # Memory of 57 tokens and one more; windows from 24 to 31 and from 57 to 64.
+    assert [(total, sum(advanced)) for total, *advanced in told] == [(74, 74), (66, 66)]
+
+
+def test_a_file_name_that_no_terminal_and_no_page_can_show(models, tokenizer, tmp_path):
+    given = options(tmp_path)
+    path = pathlib.Path(given.options.text).rename(tmp_path / "a\udcff\x1b[31mb.txt")
+    given.options.text = str(path)
+    report = evaluated(models["long"], tokenizer, given)
+    report.write(tmp_path / "out", "retrieval")
+    (tmp_path / "table").write_text(report.table(), encoding="utf-8")
+    assert "from memory\ndocument: a?\\x1b[31mb.txt, " in report.table() and "\x1b" not in report.table()
+    assert "a?\u241b[31mb.txt, " in (tmp_path / "out" / "retrieval.html").read_text(encoding="utf-8")
+    turned = page.page("t \udcff\u200e\u200f\u061c\u202e", {}, page.Text(["\ud800"], {}), [])
+    assert "<h1>t \ufffd\ufffd\ufffd\ufffd\ufffd</h1>" in turned and turned.encode()
+
+
+def test_what_is_looked_at_by_default(models, tokenizer, tmp_path):
+    config, _ = models["long"]
+    looked = lambda **changes: retrieval.inputs(options(tmp_path, **changes), config, tokenizer, None)["looked"]
+    assert looked(max_tokens=W + 3) == [8, 9, 10] and looked(max_tokens=W + 9) == [9, 10, 11, 12, 13, 14, 15, 16]
+    assert looked(max_tokens=W + 3, tokens=(8,)) == [8]
+
+
 TEXTS = [
     TEXT,
     "",
@@ -290,7 +352,9 @@ def test_texts_of_tokens_are_the_document(either, text):
 
 def test_a_character_is_its_last_token(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("of\u20ac\u4e2d mo")]
-    pieces = page.pieces(tokenizer, ids)
+    with unittest.mock.patch.object(page, "_streamed", side_effect=page._streamed) as streamed:
+        pieces = page.pieces(tokenizer, ids)
+    assert streamed.call_count == 2  # the beginning, and six bytes
     assert pieces == ["", "of", "", "", "\u20ac", "", "", "\u4e2d", " mo"]
     text = page.Text(pieces, page.signs(tokenizer, ids, pieces))
     assert [text.name(i) for i in range(5)] == ["‹bos›", "of", "‹1/3 of €›", "‹2/3 of €›", "€"]
@@ -334,6 +398,7 @@ def test_what_is_far_from_marks_is_folded():
         ),
         (dict(last=30, max_tokens=30), "last is 30, of 30 tokens; wanted at most 22"),
         (dict(max_tokens=8), "a<b>.txt has 8 tokens; wanted more than 8"),
+        (dict(document=1), "document is 1 and text .*a<b>.txt; wanted one of them"),
         (dict(capacity=20), "a<b>.txt has .* tokens; capacity is 20"),
         (dict(text="/none/x.txt"), "text is /none/x.txt: no such file"),
         (dict(rows=2), "rows is 2; wanted 1: one document is read"),
@@ -345,8 +410,20 @@ def test_what_is_far_from_marks_is_folded():
     ],
 )
 def test_what_cannot_be(models, tokenizer, tmp_path, changes, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        evaluated(models["long"], tokenizer, options(tmp_path, **changes))
+    config, given = models["long"][0], options(tmp_path, **changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):  # with no parameters yet
+        retrieval.check(config, given.options)
+        retrieval.inputs(given, config, tokenizer, None)
+
+
+def test_so_many_tokens_are_looked_at_and_no_more(models, tokenizer, tmp_path):
+    config, _ = models["long"]
+    given = options(tmp_path, content=" of" * 1020, find="of", occurrences=1000)
+    assert len(retrieval.inputs(given, config, tokenizer, None)["looked"]) == 1000
+    given.options.occurrences = 0
+    message = r"find \(1,0.. times .*\) and last choose 1,0.. tokens to look at; wanted at most 1,000$"
+    with pytest.raises(ValueError, match=message):
+        retrieval.inputs(given, config, tokenizer, None)
 
 
 def test_documents_and_models_that_cannot_be(models, tokenizer, tmp_path):
@@ -354,21 +431,21 @@ def test_documents_and_models_that_cannot_be(models, tokenizer, tmp_path):
     given = options(tmp_path, content="")
     (tmp_path / "more").mkdir()
     for name in "ab":
-        (tmp_path / "more" / f"{name}.txt").write_text(f"{name} more of it")
+        (tmp_path / "more" / f"{name}.txt").write_text(f"{name} more of it and more of it")
     given.data.sources = (str(tmp_path / "more"), str(tmp_path / "more" / "a.txt"))
     given.options.text = ""
     found = []
     for number in range(3):
         given.options.document = number
-        inputs = retrieval.inputs(given, tokenizer, None)
+        inputs = retrieval.inputs(given, config, tokenizer, None)
         found.append((inputs["name"], "".join(inputs["pieces"])))
-    assert found == [("a.txt", "a more of it"), ("b.txt", "b more of it"), ("a.txt", "a more of it")]
+    assert found == [(f"{name}.txt", f"{name} more of it and more of it") for name in "aba"]
     given.options.document = 3
     with pytest.raises(ValueError, match=r"document is 3; data.sources have 3: wanted 0..2"):
-        retrieval.inputs(given, tokenizer, None)
+        retrieval.inputs(given, config, tokenizer, None)
     with pytest.raises(ValueError, match="the model has no memory layers"):
         retrieval.check(config.replace(mem_layers=()), given.options)
     bad = options(tmp_path)
     (tmp_path / "a<b>.txt").write_bytes(b"ab\xff")
     with pytest.raises(ValueError, match="invalid UTF-8 at byte 2"):
-        retrieval.inputs(bad, tokenizer, None)
+        retrieval.inputs(bad, config, tokenizer, None)

@@ -15,6 +15,7 @@ import pytest
 
 import fot_jax
 from configs.eval import ruler as ruler_config
+from fot_jax import sharding
 from fot_jax.evals import ruler, ruler_tasks
 from fot_jax.evals.journal import Journal
 from fot_jax.evals.ruler_tasks import NOISE, TASKS, Draft, Sampler
@@ -322,7 +323,7 @@ def test_of_long_prompts_nearly_the_largest_will_do():
     assert 99_900 < len(ids) < 100_000 and len(calls) == 2
 
 
-def test_samples_depend_on_seed_task_length_and_index_alone(tokenizer, sampler):
+def test_samples_depend_on_seed_task_length_and_index_alone(tokenizer, sampler, monkeypatch):
     for task in TASKS:
         first = sampler.sample(task, 2000, 1)
         other = Sampler(tokenizer, GIVEN, seed=0)
@@ -334,15 +335,34 @@ def test_samples_depend_on_seed_task_length_and_index_alone(tokenizer, sampler):
             Sampler(tokenizer, GIVEN, 1).sample(task, 2000, 1),
         ):
             assert changed.prompt != first.prompt and changed.answers != first.answers
+    monkeypatch.setattr(ruler_tasks, "TASKS", dict(reversed(TASKS.items())))  # nor on a task's place among them
+    assert sampler.sample(task, 2000, 1).prompt == first.prompt
 
 
 def test_a_length_that_is_too_short(sampler):
     for task in TASKS:
-        with pytest.raises(ValueError, match=f"task {task}: length is 150; wanted at least") as error:
-            sampler.sample(task, 150, 0)
-        least = int(re.search(r"wanted at least (\d+)", str(error.value))[1])
-        if task != "fwe":  # which says first that it has too few words
-            assert len(sampler.sample(task, least + 8, 0).ids) <= least + 8 - TASKS[task].new_tokens
+        with pytest.raises(ValueError, match=f"task {task}: length is 150; wanted it to have room .* of sample 3, "):
+            sampler.sample(task, 150, 3)
+        enough = sampler.enough(task, 150, 12)
+        assert max(len(sampler.sample(task, enough, i).ids) for i in range(12)) <= enough - TASKS[task].new_tokens
+        assert sampler.enough(task, enough, 12) == enough
+
+
+def test_inputs_refuse_a_length_that_any_sample_does_not_fit(tokenizer, sampler, tmp_path):
+    config = configured(tasks=("vt",))
+    config.options.update(samples=12, seed=0)
+    first = next(length for length in range(300, 2000) if sampler.least("vt", length, 0) <= length)
+    length = next(
+        length
+        for length in range(first, 2000)
+        if sampler.least("vt", length, 0) <= length < max(sampler.least("vt", length, i) for i in range(12))
+    )
+    config.options.lengths = (4000, length)
+    with pytest.raises(ValueError, match=f"task vt: length is {length}; wanted at least") as error:
+        ruler.inputs(config, CONFIG, tokenizer, tmp_path)
+    config.options.lengths = (int(re.search(r"wanted at least (\d+)", str(error.value))[1]),)
+    ruler.inputs(config, CONFIG, tokenizer, tmp_path)
+    assert all(sampler.sample("vt", config.options.lengths[0], i) for i in range(12))
 
 
 def test_draws_that_cannot_differ():
@@ -371,6 +391,8 @@ class Answering:
     def __init__(self, tokenizer, config, answer):
         self.tokenizer, self.config, self.clock, self.asked = tokenizer, config, Clock(), []
         self._answer = answer
+
+    text = Subject.text
 
     def answers(self, texts, questions, new_tokens, room):
         assert 1 <= len(texts) <= 2 and new_tokens == room and all(len(q) == 0 for (q,) in questions)
@@ -418,23 +440,32 @@ def test_right_answers_have_a_hundred_points(tokenizer, tmp_path):
     assert (tmp_path / "ruler.png").stat().st_size > 1000
 
 
-def test_answers_are_what_a_model_generates(tokenizer, tmp_path):
-    config = CONFIG.replace(n_layers=1, mem_layers=(0,), window=64, last_context_length=10, init_std=0.6)
+def test_answers_are_what_a_model_generates(tokenizer, tmp_path, devices):
+    sizes = dict(n_layers=1, mem_layers=(0,), window=64, last_context_length=10, init_std=0.6)
+    config = CONFIG.replace(vocab_size=1200, **sizes)  # 300 more than the tokenizer's
     params = jax.jit(fot_jax.init_params, static_argnums=0)(config, jax.random.key(0))
     asked = options(tasks=("fwe",))
     asked.update(lengths=(700,), samples=2, rows=1)
     evaluate = lambda asked, journal: ruler.run(Subject.of(config, params, tokenizer, asked), asked, {}, journal)
     found = evaluate(asked, Journal(tmp_path / "journal", {}))
+    beyond = 0
     for i, each in enumerate(found.values["samples"]["fwe"]["700"]):
         sample = Sampler(tokenizer, {}, asked.seed).sample("fwe", 700, i)
         tokens = np.asarray(fot_jax.generate(config, params, sample.ids[None], max_new_tokens=50))[0]
         assert each["answers"] == sample.answers
-        assert each["prediction"] == ruler.postprocessed(tokenizer.decode(tokens)) != ""
+        assert each["prediction"] == ruler.postprocessed(tokenizer.decode(tokens[tokens < 900])) != ""
+        beyond += (tokens >= 900).sum()
+    assert beyond > 0
     # One part of two was written: the other is measured again, to the same report.
     lines = (tmp_path / "journal").read_text().splitlines(keepends=True)
     assert len(lines) == 3
     (tmp_path / "journal").write_text("".join(lines[:2]))
     assert evaluate(asked, Journal(tmp_path / "journal", {})).values == found.values
+    asked.rows = 2
+    mesh = sharding.make_mesh({"data": 2, "tensor": 2, "context": 2}, devices)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, sharding.param_shardings(mesh, params))
+        assert evaluate(asked, Journal()).values["samples"] == found.values["samples"]
 
 
 @pytest.mark.parametrize(
@@ -473,24 +504,24 @@ def configured(**changes):
 
 def test_inputs(tokenizer, tmp_path, monkeypatch):
     config = configured(tasks=("vt", "fwe"))
-    assert ruler.inputs(config, tokenizer, tmp_path) == {}
+    assert ruler.inputs(config, CONFIG, tokenizer, tmp_path) == {}
     config.options.tasks = ("niah_single_2", "cwe")
     with pytest.raises(ValueError, match="data.sources is empty; wanted a source of prose, in which niah_single_2"):
-        ruler.inputs(config, tokenizer, tmp_path)
+        ruler.inputs(config, CONFIG, tokenizer, tmp_path)
     (tmp_path / "prose.txt").write_text(PROSE.replace(" ", "\n  ") * 80)
     config.data.sources = (str(tmp_path / "prose.txt"),)
-    found = ruler.inputs(config, tokenizer, tmp_path)
+    found = ruler.inputs(config, CONFIG, tokenizer, tmp_path)
     assert found["words"] == WORDS and found["prose"].split() == (PROSE * 80).split()[:1500]
     (tmp_path / "prose.txt").write_text("\n")
     with pytest.raises(ValueError, match="with no word in it; wanted prose"):
-        ruler.inputs(config, tokenizer, tmp_path)
+        ruler.inputs(config, CONFIG, tokenizer, tmp_path)
     config.options.update(tasks=("vt",), lengths=(400, 5000))
     with pytest.raises(ValueError, match="task vt: length is 400; wanted at least"):
-        ruler.inputs(config, tokenizer, tmp_path)
+        ruler.inputs(config, CONFIG, tokenizer, tmp_path)
     config.options.update(tasks=("cwe",), lengths=(9000,))
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     with pytest.raises(ImportError, match=r"pip install 'fot_jax\[ruler\]'"):
-        ruler.inputs(config, tokenizer, tmp_path)
+        ruler.inputs(config, CONFIG, tokenizer, tmp_path)
 
 
 def test_default_tasks_need_no_texts():

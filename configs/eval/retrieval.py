@@ -16,5 +16,5 @@ from fot_jax.evals import retrieval, texts
 def get_config() -> ConfigDict:
     """The configuration."""
     config = base.get_config("retrieval", retrieval.default_options())
-    config.data = texts.data_options("python:validation")
+    config.data = texts.source_options("python:validation")
     return config

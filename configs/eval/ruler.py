@@ -18,5 +18,5 @@ from fot_jax.evals import ruler, texts
 def get_config() -> ConfigDict:
     """The configuration."""
     config = base.get_config("ruler", ruler.default_options())
-    config.data = texts.data_options()
+    config.data = texts.source_options()
     return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -202,25 +202,57 @@ def attend(
 def attend_by_blocks(
     q_BHTK: Array, k_BGSK: Array, v_BGSK: Array, visible_BTS: Array, *, scale: float, score_bytes: int
 ) -> Partial:
-    """`attend`, with so many queries at a time that their scores take no more than `score_bytes`, or one query."""
-    B, H, T, _ = q_BHTK.shape
-    S = k_BGSK.shape[2]
-    size = min(T, max(1, score_bytes // (4 * B * H * S)))
-    if size == T:
-        return attend(q_BHTK, k_BGSK, v_BGSK, visible_BTS, scale=scale)
-    n = -(-T // size)
+    """`attend`, with so many queries at a time that their scores take no more than `score_bytes`, or one query.
 
-    def cut(x: Array, axis: int) -> Array:
-        pad = [(0, n * size - T) if i == axis else (0, 0) for i in range(x.ndim)]
-        x = jnp.pad(x, pad)
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], n, size, *x.shape[axis + 1 :]), axis, 0)
+    Args:
+        visible_BTS: see `attend`; its second axis has all queries.
+    """
+    B, H, T, _ = q_BHTK.shape
+    size = min(T, max(1, score_bytes // (4 * B * H * k_BGSK.shape[2])))
+    one = lambda x: attend(x[0], k_BGSK, v_BGSK, x[1][:, 0], scale=scale)
+    return over_query_blocks(one, (q_BHTK, visible_BTS[:, None]), size)
+
+
+def over_query_blocks(read_block: Callable[..., Any], xs: Any, size: int) -> Any:
+    """`read_block` on blocks of `size` queries, one after another.
+
+    Args:
+        xs: an array [B, H, T, ...], or a tree of them.
+
+    Returns:
+        What the blocks give, joined along T, axis 2 of every array.
+    """
+    T = jax.tree.leaves(xs)[0].shape[2]
+    return joined(one_by_one(read_block, in_blocks(xs, size)), T)
+
+
+def in_blocks(xs: Any, size: int) -> Any:
+    """[n, B, H, size, ...] of arrays [B, H, T, ...], with zeros after the last."""
+
+    def split(x: Array) -> Array:
+        B, H, T, *rest = x.shape
+        n = -(-T // size)
+        padded = jnp.pad(x, [(0, 0), (0, 0), (0, n * size - T), *[(0, 0)] * len(rest)])
+        return jnp.moveaxis(padded.reshape(B, H, n, size, *rest), 2, 0)
+
+    return jax.tree.map(split, xs)
+
+
+def joined(xs: Any, T: int) -> Any:
+    """[B, H, T, ...] of arrays [n, B, H, size, ...]: the other way."""
 
     def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(B, H, n * size, *x.shape[4:])[:, :, :T]
+        n, B, H, size, *rest = x.shape
+        return jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *rest)[:, :, :T]
 
-    one = lambda x: attend(x[0], k_BGSK, v_BGSK, x[1], scale=scale)
-    return jax.tree.map(join, jax.lax.map(one, (cut(q_BHTK, 2), cut(visible_BTS, 1))))
+    return jax.tree.map(join, xs)
+
+
+def one_by_one(f: Callable[[Any], Any], xs: Any) -> Any:
+    """`lax.map`, without a loop where there is one."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.map(f, xs)
+    return jax.tree.map(lambda x: x[None], f(jax.tree.map(lambda x: x[0], xs)))
 
 
 def made(x: Array) -> Array:

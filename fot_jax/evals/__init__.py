@@ -2,15 +2,17 @@
 
 An evaluation is a module that `eval.py` finds by name in `EVALUATIONS`, with
 
-    default_options() -> ConfigDict         every option with its default; `subject.reading_options()` among them
+    default_options() -> ConfigDict         every option with its default, `subject.reading_options` among them
     check(config, options)                  refuses options that cannot be, before any long work
-    inputs(config, tokenizer, folder)       what it reads from the disk: lists of arrays, strings and numbers
+    inputs(config, model, tokenizer, folder)
+                                            what it reads from the disk: lists of arrays, strings and numbers; refuses
+                                            what the model cannot be asked about it
     run(subject, options, inputs, journal)  -> Report
     NEEDS_TOKENIZER                         False where texts are tokens: `tokenizer` is None; left out, it is True
 
-where `config` is the model's `ModelConfig` for `check` and the evaluation's whole `ConfigDict` for `inputs`. `run` asks
-the model through `subject.Subject`, which reads a text once for all questions about it, and measures in parts of
-`journal.Journal`, so that an evaluation that is stopped goes on where it was.
+where `config` is the model's `ModelConfig` for `check`, and for `inputs` the evaluation's whole `ConfigDict` beside
+`model`, which is the former. `run` asks the model through `subject.Subject`, which reads a text once for all questions
+about it, and measures in parts of `journal.Journal`, so that an evaluation that is stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Report:
     """What an evaluation found.
 
     Attributes:
-        title: one line.
+        title: what was measured, in a line or a few.
         columns, rows: the table; numbers are shown with four significant digits or more.
         values: the same and more, for programs; JSON.
         plot: draws the figure to a path.
@@ -61,7 +63,7 @@ class Report:
         """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {"json": json.dumps(_finite(self.values), indent=1, allow_nan=False) + "\n", **self.pages}
+        texts = {"json": json.dumps(finite(self.values), indent=1, allow_nan=False) + "\n", **self.pages}
         for ending, text in texts.items():
             files.write(folder / f"{name}.{ending}", text.encode())
         picture = folder / f".{name}.partial.png"
@@ -70,12 +72,12 @@ class Report:
         return [folder / f"{name}.{ending}" for ending in (*texts, "png")]
 
 
-def _finite(x: Any) -> Any:
+def finite(x: Any) -> Any:
     """`x` with null for what JSON has no number for."""
     if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
+        return {key: finite(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [_finite(value) for value in x]
+        return [finite(value) for value in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
 

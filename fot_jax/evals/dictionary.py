@@ -3,7 +3,9 @@ and appendix F).
 
 A document defines keys, in records `<k> k1 k2 k3 k4 <v> v1 v2 v3 v4`, and then asks for some of them, in records
 `<q> k1 k2 k3 k4 <v> v1 v2 v3 v4`, of which v1..v4 are predicted. Dictionaries grow, the questions stay: 25 of them, as
-many as 256 tokens hold. Dictionary tokens are read once, into memory; the open window begins with `<q>`.
+many as 256 tokens hold, one after another in one window, those before with their right answers. Dictionary tokens are
+read once, into memory; the open window begins with the first `<q>`. With `together=False` each question is asked by
+itself, right after the dictionary: for windows that do not hold all 25, and where no other answer is to be seen.
 
 What the paper leaves open is decided as follows.
 
@@ -15,8 +17,6 @@ What the paper leaves open is decided as follows.
   not read.
 - Accuracy of values counts those of which all four tokens are the likeliest, each given those before it, which is when
   greedy decoding writes them; accuracy of tokens counts each of the four.
-- Every question is asked by itself, right after the dictionary. With `together` they follow one another in one window,
-  as in the paper, those before with their right answers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from fot_jax import sharding
 from fot_jax.config import ModelConfig
 from fot_jax.evals import Report, plots
 from fot_jax.evals.journal import Journal, Part
-from fot_jax.evals.perplexity import described
-from fot_jax.evals.subject import Subject, check_length, check_reading, reading_options
+from fot_jax.evals.subject import Subject, check_length, check_reading, described, reading_options
 
 NEEDS_TOKENIZER = False
 
@@ -161,7 +160,7 @@ def default_options() -> ConfigDict:
         rows=10,
         dictionary_tokens=(256, 1024, 4096, 16384, 65536),  # the paper goes on to 2**24 in steps of 4
         questions=25,  # asked about a dictionary
-        together=False,  # whether questions follow one another in one window
+        together=True,  # questions follow one another in one window, as in the paper; False: each asked by itself
         block=256,  # tokens that hold whole records, the window of training; 0: records follow one another
         seeds=tuple(range(10)),  # dictionaries are drawn anew for each
         documents=1,  # dictionaries of a size and seed
@@ -184,6 +183,11 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
         )
     if options.block and options.block < RECORD or options.block < 0:
         raise ValueError(f"block is {options.block}; wanted at least {RECORD}, the tokens of a record, or 0")
+    if options.block and config.window % options.block:
+        raise ValueError(
+            f"block is {options.block} and window {config.window}, which would cut records in two; wanted a block that "
+            f"divides the window, or 0 for records that follow one another"
+        )
     if min(options.questions, options.documents) < 1:
         raise ValueError(
             f"questions is {options.questions} and documents {options.documents}; wanted at least 1 of each"
@@ -193,7 +197,7 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
     if _room(options) >= config.window:
         raise ValueError(
             f"{options.questions if options.together else 1} questions have {_room(options) + 1} tokens; wanted no "
-            f"more than the window's {config.window}"
+            f"more than the window's {config.window}{': fewer, or together=False' if options.together else ''}"
         )
     if not options.dictionary_tokens:
         raise ValueError("dictionary_tokens is (); wanted numbers of tokens")
@@ -218,7 +222,7 @@ def _room(options: ConfigDict) -> int:
     return RECORD * (options.questions if options.together else 1) - 1
 
 
-def inputs(config: ConfigDict, tokenizer: None, folder: pathlib.Path) -> tuple[()]:
+def inputs(config: ConfigDict, model: ModelConfig, tokenizer: None, folder: pathlib.Path) -> tuple[()]:
     """Nothing: dictionaries are drawn."""
     return ()
 
@@ -272,12 +276,15 @@ def run(subject: Subject, options: ConfigDict, nothing: Any, journal: Journal) -
         return right_tokens(subject, [document(seed, tokens, n, options) for seed, n in some], options.together)
 
     starts = range(0, len(drawn), subject.rows)
+    # The first <q> is read once for all questions about a dictionary.
+    asked = 1 + _room(options) * (1 if options.together else options.questions)
     parts = []
     for tokens in lengths:
         for first in starts:
             some = drawn[first : first + subject.rows]
             measured = functools.partial(measure, tokens, some)
-            parts.append(Part(f"{tokens} tokens, from {first}", tokens * len(some), measured))
+            each = read_tokens(tokens, options.block) + asked
+            parts.append(Part(f"{tokens} tokens, from {first}", each * len(some), measured))
     batches = iter(journal.results(parts, "dictionary", subject.clock))
     found = {}
     for tokens in lengths:

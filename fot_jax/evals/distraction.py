@@ -19,30 +19,29 @@ from __future__ import annotations
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fot_jax import attention, crossbatch, model, sharding
+from fot_jax import attention, model, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.evals import Report, plots, texts
 from fot_jax.evals.journal import Journal, Part
-from fot_jax.evals.subject import Subject, check_reading, reading_options
+from fot_jax.evals.subject import Subject, check_reading
 from fot_jax.tokenizer import Tokenizer
 
 Array = jax.Array
 KeysValues = tuple[Array, Array]  # un-rotated [R, G, T, K] each
 
-_MEANT = ("window", "rows")  # of `reading_options`: no memory is read, and no text but windows
-
 
 def default_options() -> ConfigDict:
     """Every option with its default."""
-    options = reading_options()
-    options.update(
+    options = dict(
+        window=0,  # tokens of a window, at most the checkpoint's; 0: as many
         rows=64,  # R, documents whose previous windows are each other's contexts
         contexts=(1, 2, 4, 8, 16, 32, 64),  # d
         layers=(),  # that read contexts; (): the model's memory layers. To be stated for a model without
@@ -54,22 +53,19 @@ def default_options() -> ConfigDict:
     return ConfigDict(options)
 
 
-def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> list[np.ndarray]:
-    """Documents as tokens; see `texts.documents`."""
-    return texts.documents(config.data, tokenizer, folder)
+def inputs(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> list[np.ndarray]:
+    """Batches of windows; see `texts.documents` and `batches_of`."""
+    documents = texts.documents(config.data, tokenizer, folder)
+    return batches_of(documents, config.options, config.options.window or model.window)
 
 
 def check(config: ModelConfig, options: ConfigDict) -> None:
     """Refuses options that cannot be, before any long work.
 
     Raises:
-        ValueError: an option out of range, one of `reading_options` that has no meaning here, or no layer to read
-            contexts.
+        ValueError: an option out of range, or no layer to read contexts.
     """
     check_reading(config, options)
-    for name, default in reading_options().items():
-        if name not in _MEANT and options[name] != default:
-            raise ValueError(f"{name} is {options[name]!r}; wanted {default!r}: no memory is read")
     if not options.contexts or min(options.contexts) < 1 or max(options.contexts) > options.rows:
         raise ValueError(f"contexts is {options.contexts}; wanted numbers in 1..{options.rows} (rows)")
     if min(options.batches, options.windows) < 1 or min(options.first, options.seed) < 0:
@@ -93,8 +89,14 @@ def reading_layers(config: ModelConfig, options: ConfigDict) -> tuple[int, ...]:
 def previous(
     config: ModelConfig, params: model.Params, tokens_RT: Array, *, layers: tuple[int, ...]
 ) -> list[KeysValues]:
-    """Keys and values of some layers, of windows that are each read by themselves."""
-    return _through(config, params, tokens_RT, layers, None, None)[0]
+    """Keys and values of some layers, of windows that are each read by themselves. Every device has those of all rows,
+    and its part of the heads.
+
+    Args:
+        tokens_RT: int32; devices divide the rows.
+    """
+    kept = _by_rows(config, lambda tokens_BT: _through(config, params, tokens_BT, layers)[0], tokens_RT)
+    return jax.tree.map(lambda x: sharding.constrain(x, None, "kv_heads", None, None), kept)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layers"))
@@ -110,79 +112,73 @@ def masses(
     """r_d, float32 [layers, H], the mean over all queries.
 
     Args:
-        tokens_RT: int32, current windows.
+        tokens_RT: int32, current windows; devices divide the rows.
         contexts: see `previous`; row i is the positive of row i.
         d: int32, contexts that a row reads, 1..R. No program depends on it.
         layers: that read contexts.
     """
-    return jnp.stack(_through(config, params, tokens_RT, layers, contexts, d)[1])
+    one = lambda tokens_BT, rows_B: _through(config, params, tokens_BT, layers, contexts, rows_B, d)[1]
+    return jnp.stack([jnp.mean(r_RH, axis=0) for r_RH in _by_rows(config, one, tokens_RT, np.arange(len(tokens_RT)))])
+
+
+def _by_rows(config: ModelConfig, f: Callable[..., Any], tokens_RT: Array, *more: Array) -> Any:
+    """`f` of some rows of every device at a time: as many as keep scores of their windows within
+    `model.WINDOW_SCORE_BYTES`, or one.
+    """
+    (R, T), ways = tokens_RT.shape, sharding.ways("batch")
+    most = max(1, model.WINDOW_SCORE_BYTES // (4 * config.n_heads * T * T))
+    n = next(n for n in range(1, R + 1) if R % (ways * n) == 0 and R // (ways * n) <= most)
+
+    def swapped(x: Array, first: int, second: int) -> Array:
+        return jnp.swapaxes(x.reshape(first, second, -1, *x.shape[1:]), 0, 1).reshape(x.shape)
+
+    cut = [swapped(jnp.asarray(x), ways, n).reshape(n, R // n, *x.shape[1:]) for x in (tokens_RT, *more)]
+    found = attention.one_by_one(lambda some: f(*some), cut)
+    return jax.tree.map(lambda x: swapped(x.reshape(R, *x.shape[2:]), n, ways), found)
 
 
 def _through(
     config: ModelConfig,
     params: model.Params,
-    tokens_RT: Array,
+    tokens_BT: Array,
     layers: tuple[int, ...],
-    contexts: list[KeysValues] | None,
-    d: Array | None,
+    contexts: list[KeysValues] | None = None,
+    rows_B: Array | None = None,
+    d: Array | None = None,
 ) -> tuple[list[KeysValues], list[Array]]:
-    """Through the model up to the last of `layers`: their keys and values, and where there are contexts r_d, [H]."""
-    R, T = tokens_RT.shape
-    table = attention.rotary_angles(T, config.head_size, config.rope_base)
-    alone, scale = crossbatch.published_plan(R, 0), model.score_scale(config)
+    """Rows of these numbers through the model up to the last of `layers`: their keys and values, and where there are
+    contexts r_d, [B, H], the mean over queries.
+    """
+    T = tokens_BT.shape[1]
+    table, everything = attention.rotary_angles(T, config.head_size, config.rope_base), jnp.ones((1, T, 1), bool)
+    score_bytes = model.WINDOW_SCORE_BYTES * sharding.ways("batch")  # of all devices
+    read = functools.partial(attention.attend_by_blocks, scale=model.score_scale(config), score_bytes=score_bytes)
+    of_rows = lambda x: sharding.constrain(x, "batch", "kv_heads", None, None)
     kept: list[KeysValues] = []
     found: list[Array] = []
 
     def attend(number: int, q: Array, k: Array, v: Array) -> Array:
-        angles = table if number not in layers or config.mem_positionals else None
+        rotates = config.mem_positionals or number not in config.mem_layers
+        q, k_own = (attention.rotate(x, table) for x in (q, k)) if rotates else (q, k)
+        partial = read(q, k_own, v, attention.causal_mask(T))
+        if number in layers and contexts is not None:
+            each = contexts[layers.index(number)]
+
+            def context(c: Array | int) -> attention.Partial:
+                return read(q, *(of_rows(x[(rows_B + c) % len(x)]) for x in each), everything)
+
+            positive = context(0)
+            far = jax.lax.fori_loop(1, d, lambda c, far: attention.merge(far, context(c)), positive)
+            found.append(jnp.mean(jnp.exp(positive.lse_BHT - far.lse_BHT), axis=2))
+            partial = attention.merge(partial, far)
         if number in layers:
             kept.append((k, v))
-        if number not in layers or contexts is None:
-            return crossbatch.crossbatch_attention(alone, q, k, v, angles, None, scale=scale)
-        turned = (x if angles is None else attention.rotate(x, angles) for x in (q, k))
-        kernel = attention.kernel("auto", T, config.head_size, q.dtype)
-        read = functools.partial(_with_contexts, kernel, scale, sharding.axes("batch"))
-        heads, kv_heads = ("batch", "heads", None, None), ("batch", "kv_heads", None, None)
-        given, wanted = (heads, *[kv_heads] * 4, ()), (heads, ("batch", "heads", None))
-        o, mass_RHT = sharding.each_device(read, given, wanted)(*turned, v, *contexts[layers.index(number)], d)
-        found.append(jnp.mean(mass_RHT, axis=(0, 2)))
-        return o
+        return partial.o_BHTK.astype(q.dtype)
 
-    x_RTD = model.embed(config, params, tokens_RT)
+    x_BTD = model.embed(config, params, tokens_BT)
     for number, block in enumerate(model.layers(config, params)[: layers[-1] + 1]):
-        x_RTD, _ = model.Block(config).apply({"params": block}, x_RTD, functools.partial(attend, number))
+        x_BTD, _ = model.Block(config).apply({"params": block}, x_BTD, functools.partial(attend, number))
     return kept, found
-
-
-def _with_contexts(
-    kernel: attention.Kernel,
-    scale: float,
-    axes: tuple[str, ...],
-    q: Array,
-    k_own: Array,
-    v_own: Array,
-    k: Array,
-    v: Array,
-    d: Array,
-) -> tuple[Array, Array]:
-    """(o of one softmax over the own window and d contexts, r_d of each query [R, H, T]) of the rows of one device.
-
-    Contexts go round from row to row, so that scores of one of them exist at a time.
-    """
-    own = kernel.read(q, attention.Keys(k_own, v_own), True, scale)
-
-    def read(k: Array, v: Array) -> attention.Partial:
-        partial = kernel.read(q, attention.Keys(k, v), False, scale)
-        return attention.Partial(*(x.astype(jnp.float32) for x in partial))
-
-    def another(_: Array, state: tuple) -> tuple:
-        partial, *context = state
-        context = [sharding.roll_rows(x, 1, axes) for x in context]
-        return attention.merge(partial, read(*context)), *context
-
-    positive = read(k, v)
-    far, *_ = jax.lax.fori_loop(1, d, another, (positive, k, v))
-    return attention.merge(own, far).o_BHTK.astype(q.dtype), jnp.exp(positive.lse_BHT - far.lse_BHT)
 
 
 def batches_of(documents: Sequence[np.ndarray], options: ConfigDict, window: int) -> list[np.ndarray]:
@@ -204,19 +200,24 @@ def batches_of(documents: Sequence[np.ndarray], options: ConfigDict, window: int
     return list(cut.reshape(options.batches, options.rows, *cut.shape[1:]))
 
 
-def run(subject: Subject, options: ConfigDict, documents: Sequence[np.ndarray], journal: Journal) -> Report:
+def run(subject: Subject, options: ConfigDict, batches: Sequence[np.ndarray], journal: Journal) -> Report:
     """r_d of every layer that reads contexts.
 
     Args:
         options: as `default_options`.
-        documents: int token arrays.
+        batches: see `batches_of`.
 
     Raises:
-        ValueError: see `check` and `batches_of`.
+        ValueError: see `check`; rows that devices do not divide.
     """
     config, window = subject.config, subject.config.window
     check(config, options)
-    batches, layers = batches_of(documents, options, window), reading_layers(config, options)
+    if options.rows % sharding.ways("batch"):
+        mesh = dict(jax.sharding.get_abstract_mesh().shape)
+        raise ValueError(
+            f"rows is {options.rows}; wanted a multiple of {sharding.ways('batch')}, over which mesh {mesh} splits them"
+        )
+    layers = reading_layers(config, options)
     numbers = sorted(set(options.contexts))
 
     def measure(before_RT: np.ndarray, now_RT: np.ndarray) -> list[list[list[float]]]:

@@ -8,11 +8,12 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,9 +24,9 @@ import fot_jax
 from fot_jax import formats, model, run_config, sharding
 from fot_jax.evals import identity
 from fot_jax.evals.chat import Chat
-from fot_jax.evals.journal import progress
-from fot_jax.evals.requests import How, Pair, answer, batches, count, score
-from fot_jax.evals.subject import Ids, Likelihood, Subject, check_length, check_reading, reading_options
+from fot_jax.evals.journal import Journal, Part
+from fot_jax.evals.requests import Batch, How, Pair, answer, batches, count, score
+from fot_jax.evals.subject import Ids, Subject, check_length, check_reading, reading_options
 from fot_jax.generate.sampling import Sampling
 from fot_jax.pretrained import load_pretrained
 from fot_jax.tokenizer import SentencePiece, check_vocab, open_tokenizer
@@ -48,7 +49,9 @@ class FotLM(TemplateLM):
     """A model of this package, as lm-eval asks it.
 
     Nothing is cut off: of what does not fit the window, `requests` says which part of it is memory. What is found does
-    not depend on what else is asked, nor on how many texts are read together.
+    not depend on what else is asked, nor on how many texts are read together, but for rounding. What is asked in one
+    call is put into the same batches whenever it is asked; `journal`, where one is set, keeps the answers to each, so
+    that a run that was stopped ends as it would have, to the last bit.
 
     An empty context is the prefix token: BOS, or EOS where there is none. BOS precedes other texts where the tokenizer
     has it (`adds_bos`). A model without memory layers refuses what does not fit its window, with one exception:
@@ -87,6 +90,7 @@ class FotLM(TemplateLM):
         """
         super().__init__()
         self.name, self.mesh, self.seed, self.capacity = "", None, seed, capacity
+        self.journal: Journal | None = None
         if isinstance(checkpoint, Subject):
             subject = checkpoint
             if options:
@@ -130,13 +134,13 @@ class FotLM(TemplateLM):
     def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
-    def identity(self, *more: Any) -> str:
-        """A hash of all that answers depend on, and of what more is given."""
-        kind, k = self.subject.reading.kind, self.subject.reading.k
-        given = ConfigDict(dict(reading=kind, k=k, capacity=self.capacity, mesh={}))
+    def identity(self) -> dict[str, Any]:
+        """All that answers to the same questions depend on, as a `Journal` wants it."""
+        kind, k, rows = self.subject.reading.kind, self.subject.reading.k, self.subject.rows
+        mesh = {} if self.mesh is None else dict(self.mesh.shape)
+        given = ConfigDict(dict(reading=kind, k=k, rows=rows, seed=self.seed, mesh=mesh))
         with self._on_mesh():
-            found = identity.of(given, self.subject.config, self.subject.params, list(more), self.tokenizer)
-        return identity.digest(found)
+            return identity.of(given, self.subject.config, self.subject.params, None, self.tokenizer)
 
     # ---- what lm-eval asks of every model
 
@@ -259,12 +263,12 @@ class FotLM(TemplateLM):
                 raise ValueError(f"{what} has no token to score; wanted 1 or more")
             self._check_length(len(before) + len(after), what)
             pairs.append((np.asarray(before, np.int32), np.asarray(after, np.int32)))
-        found: list[Any] = [None] * len(pairs)
-        for number, likely in self._scores(pairs, "loglikelihood", disable_tqdm):
-            found[number] = likely.sum, likely.greedy
+
+        def tell(number: int, likely: tuple[float, bool]) -> None:
             if requests[number][0]:
-                self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
-        return found
+                self.cache_hook.add_partial("loglikelihood", requests[number][0], likely)
+
+        return self._scores(pairs, "loglikelihood", tell, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each document after the prefix token, in one pass over windows that spill into memory.
@@ -275,7 +279,7 @@ class FotLM(TemplateLM):
         one before ends, while HFLM's has as many tokens before it as fit. HFLM also scores the BOS that its tokenizer
         may add, after the prefix.
         """
-        found, pairs, numbers = [0.0] * len(requests), [], []
+        pairs, numbers = [], []
         for number, request in enumerate(requests):
             before, after = (np.asarray(ids, np.int32) for ids in self._after_prefix(request.args[0]))
             if self.capacity and len(after) > self.capacity:
@@ -283,10 +287,10 @@ class FotLM(TemplateLM):
             if len(after):
                 pairs.append((before, after))
                 numbers.append(number)
-        for pair, likely in self._scores(pairs, "loglikelihood_rolling", disable_tqdm, sharing=False):
-            found[numbers[pair]] = likely.sum
-            self.cache_hook.add_partial("loglikelihood_rolling", requests[numbers[pair]].args, likely.sum)
-        return found
+        kind = "loglikelihood_rolling"
+        tell = lambda pair, likely: self.cache_hook.add_partial(kind, requests[numbers[pair]].args, likely[0])
+        found = dict(zip(numbers, self._scores(pairs, kind, tell, disable_tqdm, sharing=False), strict=True))
+        return [found[number][0] if number in found else 0.0 for number in range(len(requests))]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """A text for each context, up to the first of its stop strings, an EOS, or `max_gen_toks` tokens.
@@ -308,17 +312,23 @@ class FotLM(TemplateLM):
             prompts.append((ids, (self.seed, times[context, how])))
             times[context, how] += 1
             groups[how].append(number)
-        found: list[Any] = [None] * len(prompts)
-        with self._asking(sum(len(ids) for ids, _ in prompts), "generate_until", disable_tqdm):
-            for how, numbers in groups.items():
-                numbers.sort(key=lambda number: -len(prompts[number][0]))
-                for start in range(0, len(numbers), self.subject.rows):
-                    some = numbers[start : start + self.subject.rows]
-                    texts, seeds = zip(*(prompts[number] for number in some), strict=True)
-                    for number, ids in zip(some, answer(self.subject, texts, how, seeds), strict=True):
-                        found[number] = _cut(self.tok_decode(ids), how.stop)
-                        self.cache_hook.add_partial("generate_until", requests[number].args, found[number])
-        return found
+
+        def ask(how: How, numbers: list[int]) -> list[str]:
+            texts, seeds = zip(*(prompts[number] for number in numbers), strict=True)
+            found = [_cut(self.tok_decode(ids), how.stop) for ids in answer(self.subject, texts, how, seeds)]
+            if not how.sampling.temperature:  # what was drawn is no answer to who asks the same again
+                for number, text in zip(numbers, found, strict=True):
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
+            return found
+
+        asked = []
+        for how, numbers in groups.items():
+            numbers.sort(key=lambda number: -len(prompts[number][0]))
+            for start in range(0, len(numbers), self.subject.rows):
+                some = numbers[start : start + self.subject.rows]
+                given = [prompts[number] for number in some]
+                asked.append((some, [how, given], sum(len(ids) for ids, _ in given), functools.partial(ask, how, some)))
+        return self._answers("generate_until", asked, disable_tqdm)
 
     def _how(self, given: dict[str, Any]) -> How:
         """Generation arguments of a request."""
@@ -347,25 +357,44 @@ class FotLM(TemplateLM):
     def _check_length(self, tokens: int, what: str) -> None:
         check_length(self.subject.config, ConfigDict(dict(window=0, capacity=self.capacity)), tokens, what)
 
-    @contextlib.contextmanager
-    def _asking(self, tokens: int, desc: str, quiet: bool) -> Iterator[None]:
-        """On the mesh, with progress on stderr."""
-        clock = self.subject.clock
-        before = clock.progress
-        with self._on_mesh(), contextlib.nullcontext(before) if quiet else progress(tokens, desc) as clock.progress:
-            try:
-                yield
-            finally:
-                clock.progress = before
+    def _answers(
+        self, kind: str, asked: Sequence[tuple[list[int], Any, int, Callable[[], list]]], quiet: bool
+    ) -> list[Any]:
+        """Answers to requests, by number. A batch has their numbers, what is asked, how many tokens that is, and what
+        asks the model; it is not asked again where the journal has its answers. If `quiet`, without progress and
+        journal.
+        """
+        parts = [Part(f"{kind} {i} {identity.digest(what)}", *more) for i, (_, what, *more) in enumerate(asked)]
+        with self._on_mesh():
+            if quiet:
+                found = [part.measure() for part in parts]
+            else:
+                found = (self.journal or Journal()).results(parts, kind, self.subject.clock)
+        numbers = (number for batch in asked for number in batch[0])
+        by_number = dict(zip(numbers, itertools.chain.from_iterable(found), strict=True))
+        return [by_number[number] for number in range(len(by_number))]
 
     def _scores(
-        self, pairs: Sequence[Pair], desc: str, quiet: bool, sharing: bool = True
-    ) -> Iterator[tuple[int, Likelihood]]:
-        """The likelihood of each pair, with its number, as soon as it is known."""
-        planned = batches(self.subject, pairs, sharing)
-        with self._asking(sum(count(pairs, batch) for batch in planned), desc, quiet):
-            for batch in planned:
-                yield from score(self.subject, pairs, batch)
+        self,
+        pairs: Sequence[Pair],
+        kind: str,
+        tell: Callable[[int, tuple[float, bool]], None],
+        quiet: bool,
+        sharing: bool = True,
+    ) -> list[tuple[float, bool]]:
+        """The likelihood of each pair, and whether it is the likeliest; `tell` is told it as soon as it is known."""
+
+        def ask(batch: Batch) -> list[tuple[float, bool]]:
+            found = [(number, (likely.sum, likely.greedy)) for number, likely in score(self.subject, pairs, batch)]
+            for number, likely in found:
+                tell(number, likely)
+            return [likely for _, likely in found]
+
+        asked = []
+        for batch in batches(self.subject, pairs, sharing):
+            what = [[pairs[number] for number in row] for row in batch]
+            asked.append((sum(batch, []), what, count(pairs, batch), functools.partial(ask, batch)))
+        return [(sum_, greedy) for sum_, greedy in self._answers(kind, asked, quiet)]
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

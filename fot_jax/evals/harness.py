@@ -28,8 +28,9 @@ from typing import Any, NoReturn
 from fot_jax import files, memory, sharding
 from fot_jax.checkpoint import CheckpointError
 from fot_jax.config import FLOAT_DTYPES, MEMORY_DTYPES
-from fot_jax.evals import _finite
+from fot_jax.evals import finite
 from fot_jax.evals.fot_lm import FotLM
+from fot_jax.evals.journal import Journal
 from fot_jax.evals.subject import reading_options
 from fot_jax.host import keep_freed_memory, one_line
 
@@ -99,12 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="for harness.json; none is written without")
     output.add_argument("--log-samples", action="store_true", help="also harness.TASK.jsonl, a line for each document")
-    output.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="answers found in FOLDER")
     return parser
 
 
-def _tasks(stated: str, include: str | None) -> tuple[list[str], Any]:
-    """Names of tasks, and lm-eval's index of them: of a folder alone where that has all, as the whole takes seconds."""
+def _tasks(stated: str, include: str | None) -> tuple[list[Any], Any]:
+    """Tasks and groups, and lm-eval's index: of a folder alone where that has all, as the whole takes seconds."""
     from lm_eval.tasks import TaskManager
 
     if include is not None and not pathlib.Path(include).is_dir():
@@ -118,24 +118,31 @@ def _tasks(stated: str, include: str | None) -> tuple[list[str], Any]:
         found = {name: manager.match_tasks([name]) for name in patterns if name not in paths}
         names = [name for each in found.values() for name in each]
         if all(found.values()) and (defaults or set(names) <= set(manager.all_subtasks)):
-            return [*names, *paths], manager
+            return [each for name in [*names, *paths] for each in _loaded(name, manager)], manager
     missing = ", ".join(name for name, each in found.items() if not each)
     raise ValueError(f"tasks has {missing}, which lm-eval does not know; `lm_eval ls tasks` lists those that it does")
 
 
-def _run(args: argparse.Namespace, lm: FotLM, names: list[str], manager: Any) -> None:
+def _loaded(name: str, manager: Any) -> list[Any]:
+    """The tasks and groups that a name or a file stands for, but for those within these groups."""
+    try:
+        found = manager.load([name])
+    except Exception as error:  # a task is a file, of which anything can be wrong, and code
+        raise ValueError(f"task {name} cannot be loaded: {type(error).__name__}: {error}") from error
+    inner = {child for children in found["group_map"].values() for child in children}
+    return [each for key, each in {**found["tasks"], **found["groups"]}.items() if key not in inner]
+
+
+def _run(args: argparse.Namespace, lm: FotLM, tasks: list[Any], manager: Any) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable, make_table
 
-    cache, began = None, time.perf_counter()
+    began = time.perf_counter()
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.resume:  # lm-eval knows answers by their question alone, so the name says who answered
-            cache = str(args.out / f".harness.{lm.identity(args.apply_chat_template)}")
-        _forget(args.out, keep=f"{cache}_rank0.db")
+        lm.journal = Journal(args.out / "harness.partial.jsonl", lm.identity())
     results = simple_evaluate(
         model=lm,
-        tasks=names,
+        tasks=tasks,
         task_manager=manager,
         num_fewshot=args.num_fewshot,
         limit=args.limit,
@@ -143,7 +150,6 @@ def _run(args: argparse.Namespace, lm: FotLM, names: list[str], manager: Any) ->
         apply_chat_template=args.apply_chat_template,
         bootstrap_iters=args.bootstrap_iters,
         log_samples=args.log_samples,
-        use_cache=cache,
     )
     print(make_table(results))
     if results.get("groups"):
@@ -156,25 +162,15 @@ def _run(args: argparse.Namespace, lm: FotLM, names: list[str], manager: Any) ->
     other = lambda value: (
         f"<function {value.__name__}>" if inspect.isfunction(value) else handle_non_serializable(value)
     )
-    plain = lambda value: _finite(json.loads(json.dumps(value, default=other)))
+    plain = lambda value: finite(json.loads(json.dumps(value, default=other)))
     kept = {key: value for key, value in results.items() if key not in _NOT_FOUND}
-    kept["config"] = {key: value for key, value in kept["config"].items() if key != "use_cache"}
     for task, samples in (results.get("samples") or {}).items():
         lines = "".join(json.dumps(plain(sample)) + "\n" for sample in samples)
         files.write(args.out / f"harness.{task.replace('/', '_')}.jsonl", lines.encode())
     files.write_json(args.out / "harness.speed.json", speed)
     files.write_json(args.out / "harness.json", plain(kept))
-    _forget(args.out)
+    lm.journal.close()
     print(f"written: {args.out / 'harness.json'}")
-
-
-def _forget(folder: pathlib.Path, keep: str = "") -> None:
-    """Removes answers that were kept for a run to go on with, but for one's."""
-    for path in folder.glob(".harness.*_rank0.db"):
-        if str(path) != keep:
-            if keep:
-                print(f"{path}: answers of another run, which are not taken over", file=sys.stderr)
-            path.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,15 +181,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     reading = {name: getattr(args, name) for name in reading_options()}
     try:
-        names, manager = _tasks(args.tasks, args.include_path)
+        tasks, manager = _tasks(args.tasks, args.include_path)
         more = dict(tokenizer=args.tokenizer, dtype=args.dtype, seed=args.seed, **args.mesh)
         lm = FotLM(args.checkpoint, **reading, **more)
         if args.apply_chat_template:
             lm.chat_template(True)
-    except (ValueError, OSError, ImportError, CheckpointError) as error:
-        print(f"fot_jax.evals.harness: {one_line(error)}", file=sys.stderr)
+        _run(args, lm, tasks, manager)
+    except (ValueError, KeyError, OSError, ImportError, CheckpointError) as error:
+        kind = "KeyError: " if isinstance(error, KeyError) else ""  # its message is the key alone
+        print(f"fot_jax.evals.harness: {kind}{one_line(error)}", file=sys.stderr)
         return 2
-    _run(args, lm, names, manager)
     return 0
 
 

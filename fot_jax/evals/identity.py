@@ -18,13 +18,12 @@ from fot_jax.tokenizer import Tokenizer
 
 
 def of(config: ConfigDict, model: ModelConfig, params: Any, inputs: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The evaluation's configuration but for the devices it runs on, the model, what is read, and this package."""
-    stated = config.to_dict()
-    stated.pop("mesh")
+    """The evaluation's configuration, the model, what is read, what it runs on, and this package."""
     return json.loads(
         json.dumps(
             {
-                "config": stated,
+                "config": config.to_dict(),
+                "platform": jax.default_backend(),
                 "model": hashlib.sha256(repr(model).encode()).hexdigest()[:16],
                 "params": fingerprint(params),
                 "inputs": digest(inputs),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tqdm
+
+from fot_jax import files
 
 REPORT_SECONDS = 5  # between lines of progress where stderr is no terminal
 
@@ -36,7 +39,7 @@ class Journal:
     """Results of parts, a line of JSON each, in a file.
 
     The first line says what is evaluated and how: results of anything else are not taken over, and their file is begun
-    anew. A line that was not written to its end is left out.
+    anew. A line that was not written to its end is left out. One process has the file.
     """
 
     def __init__(self, path: str | os.PathLike | None = None, identity: Mapping[str, Any] | None = None):
@@ -44,26 +47,41 @@ class Journal:
         Args:
             path: the file, or None where nothing is kept.
             identity: all that results depend on; JSON.
+
+        Raises:
+            ValueError: another process has the file.
         """
         self.path = None if path is None else pathlib.Path(path)
         self.done: dict[str, Any] = {}
-        self.found = 0
+        self.found, self._file = 0, None
         if self.path is None:
             return
-        first = json.dumps({"identity": identity}, sort_keys=True)
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1] if self.path.exists() else []
-        if lines and lines[0] != first:
-            print(f"{self.path} is of another evaluation: begun anew", file=sys.stderr)
-        if lines and lines[0] == first:
-            for line in map(json.loads, lines[1:]):
-                self.done[line["key"]] = line["result"]
-        else:
-            lines = [first]
-        self.found = len(self.done)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        partial.replace(self.path)
+        self._file = open(self.path, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: another process is at this evaluation; wanted one, or another folder"
+            ) from error
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]  # what was written to its end
+        first, *lines = whole.splitlines() or [b""]
+        wanted = json.dumps({"identity": identity}, sort_keys=True).encode()
+        if first == wanted:
+            self.done = {line["key"]: line["result"] for line in map(json.loads, lines)}
+            self._file.truncate(len(whole))
+        else:
+            self._file.truncate(0)
+            self._write(wanted)
+        self.found = len(self.done)
+
+    def _write(self, line: bytes) -> None:
+        with files.failing_as(self.path):
+            self._file.write(line + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def results(self, parts: Sequence[Part], desc: str = "", clock: Any = None) -> list[Any]:
         """The results of all parts, of those that are not there yet by measuring them.
@@ -83,25 +101,28 @@ class Journal:
         if self.found and len(missing) < len(parts):
             print(f"{desc or 'parts'}: {len(parts) - len(missing)} of {len(parts)} were done before", file=sys.stderr)
         with progress(sum(part.tokens for part in missing), desc) as advance:
-            if clock is not None:
-                clock.progress = advance
-            for part in missing:
-                self._add(part.key, part.measure())
+            before = getattr(clock, "progress", None)
+            try:
+                if clock is not None:
+                    clock.progress = advance
+                for part in missing:
+                    self._add(part.key, part.measure())
+            finally:
+                if clock is not None:
+                    clock.progress = before
         return [self.done[key] for key in keys]
 
     def _add(self, key: str, result: Any) -> None:
         line = json.dumps({"key": key, "result": result})
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if self._file is not None:
+            self._write(line.encode())
         self.done[key] = json.loads(line)["result"]  # as it would be read again
 
     def close(self) -> None:
         """Removes the file: the evaluation is over, and its report written."""
-        if self.path is not None:
+        if self._file is not None:
             self.path.unlink(missing_ok=True)
+            self._file.close()
 
 
 @contextlib.contextmanager

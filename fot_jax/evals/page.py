@@ -22,12 +22,11 @@ FOLDED = 16384  # tokens of a fold, at most
 ROWS = 8  # of a table before the rest is folded
 CONTEXT = 24  # characters on either side of a token in tables
 
-# Control characters, and those that turn text round, in signs of their own.
-_CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t\r"}
-_CONTROLS |= {
-    0x7F: 0x2421,
-    **dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd"),
-}
+# Control characters in signs of their own; as U+FFFD later ones, those that turn text round, and lone surrogates, which
+# no file can hold.
+_CONTROLS = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t\r"} | {0x7F: 0x2421}
+_TURNING = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), *_TURNING, *range(0xD800, 0xE000)], "\ufffd")
 _LINE = {**_CONTROLS, ord("\n"): "⏎", ord("\t"): "→", ord("\r"): "␍"}
 
 
@@ -63,9 +62,10 @@ def _by_token(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
         if i is not None and REPLACEMENT in alone[i]:
             run.append(i)
             continue
-        out += _streamed(tokenizer, letter, run)
+        if run:
+            out += _streamed(tokenizer, letter, run)
+            run = []
         out += [] if i is None else [alone[i]]
-        run = []
     return out
 
 
@@ -220,7 +220,7 @@ def _document(text: Text, looked: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[int, list[tuple[int, Mapping[str, Any]]]] = {}
     for i, one in enumerate(looked):
         for place in one["places"]:
-            found.setdefault(place["position"], []).append((i, place))
+            found.setdefault(place["position"], []).append((i, {**place, "by": one["position"]}))
     out, n = [], len(text.pieces)
     for first, end, shown in _blocks(text.pieces, sorted({*tokens, *found})):
         if shown:
@@ -279,9 +279,9 @@ def _marked(
             style = "".join(f";--k{q}:{place['knn'] ** 0.5:.3f}" for q, place in found[i])
             said = sorted(found[i], key=lambda each: -each[1]["knn"])
             lines = [f"token {i:,} is retrieved"] + [
-                f"{place['knn']:.3f} kNN, {place['focus']:.3f} focus: by {_position(tokens, q):,}, "
+                f"{place['knn']:.3f} kNN, {place['focus']:.3f} focus: by {place['by']:,}, "
                 f"layer {place['layer']}, head {place['head']}"
-                for q, place in said[:ROWS]
+                for _, place in said[:ROWS]
             ]
             lines += [f"and by {len(said) - ROWS} more"] if len(said) > ROWS else []
             inner = (
@@ -290,10 +290,6 @@ def _marked(
         out.append(inner)
         plain = i + 1
     return "".join([*out, _escaped("".join(text.pieces[plain:end]))])
-
-
-def _position(tokens: Mapping[int, int], q: int) -> int:
-    return next(position for position, i in tokens.items() if i == q)
 
 
 _STYLE = """

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from fot_jax.config import ModelConfig
 from fot_jax.evals import Report, plots
 from fot_jax.evals.journal import Journal, Part
 from fot_jax.evals.subject import Subject, check_length, check_reading, reading_options
-from fot_jax.tokenizer import Tokenizer
+from fot_jax.tokenizer import Tokenizer, encode_prompt
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -77,6 +77,21 @@ def draw(seed: int, length: int, number: int, garbage: int, depth: float | None)
     return Prompt(prompt(garbage, depth, key), key, depth)
 
 
+def within(
+    encode: Callable[[str], np.ndarray], seed: int, length: int, number: int, garbage: int, depth: float | None
+) -> tuple[Prompt, np.ndarray]:
+    """`draw`, and its tokens: at most `length`, for which some characters of garbage are left out where it has more.
+
+    Where garbage is cut, its tokens may be some more or fewer.
+    """
+    while True:
+        drawn = draw(seed, length, number, garbage, depth)
+        ids = encode(drawn.text)
+        if len(ids) <= length or not garbage:
+            return drawn, ids
+        garbage = max(garbage - (len(ids) - length), 0)
+
+
 def garbage_for(encode: Any, length: int) -> int:
     """Characters of garbage for a prompt of `length` tokens: a prompt of so much, its key in the middle, has as many
     tokens or up to two fewer, where that can be met.
@@ -98,7 +113,7 @@ def garbage_for(encode: Any, length: int) -> int:
         if short >= 0:
             best = max(best, garbage)
         if 0 <= short <= 2:
-            break
+            return garbage
         garbage = max(garbage + (round((short - 1) * per_token) or 1), 0)
     return best
 
@@ -126,10 +141,9 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
         check_length(config, options, length + NEW_TOKENS, f"a prompt of {length:,} tokens and its answer")
 
 
-def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> list[tuple[int, int]]:
+def inputs(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> list[tuple[int, int]]:
     """For each length the characters of garbage."""
-    bos = int(tokenizer.adds_bos and tokenizer.bos_id is not None)
-    encode = lambda text: [0] * bos + list(tokenizer.encode(text))
+    encode = functools.partial(encode_prompt, tokenizer)
     return [(length, garbage_for(encode, length)) for length in sorted(set(config.options.lengths))]
 
 
@@ -147,10 +161,10 @@ def run(subject: Subject, options: ConfigDict, garbage: Sequence[tuple[int, int]
     depths = list(options.depths) or [None]
 
     def measure(length: int, size: int, numbers: Sequence[int]) -> list[dict[str, Any]]:
-        prompts = [draw(options.seed, length, n, size, depths[n % len(depths)]) for n in numbers]
-        ids = [subject.encode(each.text) for each in prompts]
+        drawn = [within(subject.encode, options.seed, length, n, size, depths[n % len(depths)]) for n in numbers]
+        prompts, ids = zip(*drawn)
         answers = subject.answers(ids, [[ids[0][:0]]] * len(ids), NEW_TOKENS, room=NEW_TOKENS)
-        texts = [subject.tokenizer.decode(answer) for (answer,) in answers]
+        texts = [subject.text(answer) for (answer,) in answers]
         return [
             dict(
                 tokens=len(tokens),

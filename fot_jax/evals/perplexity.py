@@ -17,20 +17,21 @@ from __future__ import annotations
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from fot_jax import losses as losses_of
 from fot_jax import memory, model, sharding
 from fot_jax.config import ModelConfig
 from fot_jax.evals import Report, plots, texts
 from fot_jax.evals.journal import Journal, Part
-from fot_jax.evals.subject import Subject, check_reading, reading_options
+from fot_jax.evals.subject import Subject, check_reading, described, reading_options
 from fot_jax.generate import placed_with
-from fot_jax.losses import cross_entropy
+from fot_jax.memory.cache import DEALT_SLOTS
 from fot_jax.tokenizer import Tokenizer
 
 Array = jax.Array
@@ -51,13 +52,13 @@ def default_options() -> ConfigDict:
     return ConfigDict(options)
 
 
-def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> list[np.ndarray]:
+def inputs(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> list[np.ndarray]:
     """Documents as tokens; see `texts.documents`."""
     return texts.documents(config.data, tokenizer, folder)
 
 
 class Windows(NamedTuple):
-    """Documents cut into windows for rows to read in step; all [steps, rows, W] but the last."""
+    """Documents cut into windows for rows to read in step; all [steps, rows, W] but the last two."""
 
     tokens: np.ndarray  # int32
     targets: np.ndarray  # int32, the next token of the document
@@ -66,6 +67,7 @@ class Windows(NamedTuple):
     valid: np.ndarray  # bool, whether there is a token
     position: np.ndarray  # int32, the token's place in its document
     starts: np.ndarray  # bool [steps, rows], whether a document starts with the window
+    stride: int  # tokens from the start of a document's window to that of its next
 
 
 class Losses(NamedTuple):
@@ -128,7 +130,7 @@ def cut(documents: Sequence[np.ndarray], window: int, rows: int, stride: int | N
         ends[row] += lengths[i]
     shape = (int(ends.max()), rows, window)
     kinds = (np.int32, np.int32, bool, bool, bool, np.int32)
-    out = Windows(*(np.zeros(shape, kind) for kind in kinds), np.zeros(shape[:2], bool))
+    out = Windows(*(np.zeros(shape, kind) for kind in kinds), np.zeros(shape[:2], bool), stride)
     for row, queue in enumerate(queues):
         step = 0
         for i in queue:
@@ -165,9 +167,9 @@ def _step(config, params, tokens_BT, targets_BT, valid_BT, starts_B, stream, kee
         mem, waiting_B = memory.clear(mem, starts_B), jnp.where(starts_B, 0, waiting_B)
     elif mem.capacity and overlap:  # what is left of the document before
         mem = memory.append(mem, stream.keys, stream.values, jnp.where(starts_B, waiting_B, 0))
-        mem = memory.evict_oldest(mem, jnp.maximum(mem.length_B - keep, 0))
+        mem = _last(mem, keep)
     hidden, keys, values = model.read_window(config, params, tokens_BT, mem=mem, valid_BT=valid_BT, reading=reading)
-    loss_BT, _ = cross_entropy(model.logits(config, params, hidden), targets_BT)
+    loss_BT, _ = losses_of.token_losses(config, params, hidden, targets_BT)
     if not mem.capacity:
         return stream, loss_BT
 
@@ -182,8 +184,21 @@ def _step(config, params, tokens_BT, targets_BT, valid_BT, starts_B, stream, kee
         (lambda xs: tuple(x[..., W - overlap :] for x in xs)),
     )
     mem = memory.append(mem, first(keys), first(values), leave_B)
-    mem = memory.evict_oldest(mem, jnp.maximum(mem.length_B - keep, 0))
-    return _Stream(mem, rest(keys), rest(values), count_B - leave_B), loss_BT
+    stream = _Stream(_last(mem, keep), rest(keys), rest(values), count_B - leave_B)
+    return memory.constrain(stream), loss_BT
+
+
+def _last(mem: memory.Cache, keep: Array) -> memory.Cache:
+    """Memory of which the last `keep` tokens are read. Where it is dealt to devices, whole rounds of slots are evicted,
+    and what else is older is hidden.
+    """
+    mem, over_B = memory.restrict(mem, None), jnp.maximum(mem.length_B - keep, 0)
+    if mem.deal.ways == 1:
+        return memory.evict_oldest(mem, over_B)
+    size = mem.deal.ways * mem.deal.block
+    mem = memory.evict_oldest(mem, over_B // size * size)
+    slot_BM = jnp.broadcast_to(jnp.arange(mem.capacity), (mem.length_B.shape[0], mem.capacity))
+    return memory.restrict(mem, slot_BM >= (mem.length_B - keep)[:, None])
 
 
 def token_losses(
@@ -195,14 +210,16 @@ def token_losses(
     if memory_tokens < 0:
         raise ValueError(f"memory_tokens is {memory_tokens}; wanted 0 or more")
     config, (rows, W) = subject.config, windows.tokens.shape[1:]
-    later = windows.position[:, :, 0]
-    stride = int(later[later > 0].min(initial=W))
-    ways, capacity = sharding.ways("batch"), memory_tokens + W
-    capacity = -(-capacity // sharding.ways("memory")) * sharding.ways("memory") if memory_tokens else 0
+    ways, dealt = sharding.ways("batch"), sharding.ways("memory")
+    # Where memory is dealt, what is to leave may stay for a round of slots; see `_last`.
+    capacity = memory_tokens + W
+    if dealt > 1:
+        capacity = (capacity // (dealt * DEALT_SLOTS) + 2) * dealt * DEALT_SLOTS
+    capacity *= memory_tokens > 0
     padded = -(-rows // ways) * ways
     # Nothing is read of an empty memory, so memory length 0 needs none at all.
     mem = memory.init_memory(config, padded, capacity)
-    overlap = (padded, config.n_kv_heads, config.head_size, W - stride)
+    overlap = (padded, config.n_kv_heads, config.head_size, W - windows.stride)
     waiting = lambda: tuple(jnp.zeros(overlap, config.dtypes.compute) for _ in config.mem_layers if capacity)
     stream = placed_with(subject.params, _Stream(mem, waiting(), waiting(), jnp.zeros(padded, jnp.int32)))
     keep, out = jnp.int32(memory_tokens), []
@@ -246,12 +263,6 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
         raise ValueError(f"stride is {options.stride}; wanted 1..{config.window} (the window), or 0 for that")
 
 
-def described(options: Any) -> str:
-    """How memory is read, in words: "dense", or "top-k, k=16, int8"."""
-    way = "dense" if options["reading"] == "dense" else f"top-k, k={options['k']}"
-    return f"{way}, {options['memory_dtype']}" if options.get("memory_dtype") else way
-
-
 def positions(length: int, window: int) -> list[int]:
     """First token of each range of positions that is reported: 0, W, 2 W, 4 W and so on."""
     edges = [0]
@@ -277,7 +288,7 @@ def run(subject: Subject, options: ConfigDict, documents: Sequence[np.ndarray], 
         )
     documents = [document[: options.max_tokens or None] for document in documents]
     W, single = subject.config.window, options.mode == "single"
-    edges = positions(max(map(len, documents), default=0), W)
+    edges = positions(max(map(len, documents), default=1) - 1, W)
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
     size = GROUP * options.rows if single else max(len(documents), 1)  # a memory goes through all of a row's
     groups = [[documents[i] for i in order[at : at + size]] for at in range(0, len(order), size)] or [[]]

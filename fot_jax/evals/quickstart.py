@@ -19,6 +19,7 @@ import sys
 import time
 
 from fot_jax.evals import Report, perplexity
+from fot_jax.evals.subject import described
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODELS = ("fot", "standard")
@@ -127,7 +128,7 @@ def compare(found: dict[str, dict]) -> Report:
     return Report(
         title=(
             f"Perplexity by memory length on {facts['tokens']:,} held-out tokens, window {facts['window']}, "
-            f"memory read by {perplexity.described(facts['options'])}"
+            f"memory read by {described(facts['options'])}"
         ),
         columns=("memory tokens", "fot", "standard", "fot, recall", "standard, recall"),
         rows=tuple(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax import memory
-from fot_jax.evals.subject import _NOTHING, Ids, Likelihood, Subject
+from fot_jax.evals.subject import NOTHING, Ids, Likelihood, Subject
 from fot_jax.generate import OPEN_TOKENS
 from fot_jax.generate.sampling import GREEDY, Sampling
 
@@ -71,11 +71,11 @@ def score(subject: Subject, pairs: Sequence[Pair], batch: Batch) -> Iterator[tup
     """How likely what follows is, with the number of each request."""
     texts, follows = [pairs[row[0]][0] for row in batch], [[pairs[number][1] for number in row] for row in batch]
     longest = [max(map(len, each)) for each in follows]
-    spilling = max(longest) if max(longest) >= subject.config.window else 0
-    room = [_room(subject, len(text), m) for text, m in zip(texts, longest, strict=True)]
-    reader = subject.read(texts, room, spilling)
     ways = max(map(_ways, batch))
-    found = subject.scores(texts, [follows[0] + [_NOTHING] * (ways - len(follows[0])), *follows[1:]], reader=reader)
+    room = [_room(subject, len(text), m) for text, m in zip(texts, longest, strict=True)]
+    # Rows that are not branched may spill: memory has room for that.
+    reader = subject.read(texts, room, spilling=max(longest) if ways == 1 else 0)
+    found = subject.scores(texts, [follows[0] + [NOTHING] * (ways - len(follows[0])), *follows[1:]], reader=reader)
     for row, each in zip(batch, found, strict=True):
         yield from zip(row, each[: len(row)], strict=True)
 
@@ -105,7 +105,7 @@ def answer(subject: Subject, texts: Sequence[Ids], how: How, seeds: Sequence[Seq
         seeds: for each text numbers that, with its tokens, decide what is drawn; none where nothing is.
     """
     if not how.new_tokens:
-        return [_NOTHING] * len(texts)
+        return [NOTHING] * len(texts)
     room = [_room(subject, len(text), how.new_tokens, answers=True) for text in texts]
     reader = subject.read(texts, room, how.new_tokens)
     key_B = None
@@ -115,7 +115,7 @@ def answer(subject: Subject, texts: Sequence[Ids], how: How, seeds: Sequence[Seq
     config = subject.config.replace(eos_id=tuple(dict.fromkeys((*subject.config.eos_ids, *how.ends))))
     ending, asked_B = dataclasses.replace(subject, config=config), np.arange(subject.rows) < len(texts)
     with subject.clock.model():
-        found = ending._decode(reader, asked_B, how.new_tokens, how.stop, how.sampling, key_B)
+        found = ending.decode(reader, asked_B, how.new_tokens, how.stop, how.sampling, key_B)
     subject.clock.generated += sum(map(len, found))
     return found[: len(texts)]
 

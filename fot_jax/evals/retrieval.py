@@ -28,16 +28,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from fot_jax import host
 from fot_jax.config import ModelConfig
 from fot_jax.evals import Report, page, plots, texts
 from fot_jax.evals.journal import Journal, Part
-from fot_jax.evals.perplexity import described
-from fot_jax.evals.subject import Subject, check_length, check_reading, reading_options
+from fot_jax.evals.subject import Subject, check_length, check_reading, described, reading_options
 from fot_jax.generate import prefill
 from fot_jax.generate.inspection import begun, surroundings
-from fot_jax.tokenizer import Tokenizer
+from fot_jax.tokenizer import Tokenizer, encode_prompt
 
 LAST = 8  # tokens looked at where none are chosen
+LOOKED = 1000  # most tokens looked at
 BINS = 96  # of positions in the figure
 NAMED = 30  # most tokens that the figure names
 
@@ -52,7 +53,7 @@ def default_options() -> ConfigDict:
         tokens=(),  # looked at: tokens at these positions, counted from 0
         find="",  # and the tokens of this text, where it occurs in the document
         occurrences=1,  # so many times, counted from the last; 0: wherever it does behind the first window
-        last=0,  # and the last so many tokens; 8 where no others are chosen
+        last=0,  # and the last so many tokens; where none are chosen 8, fewer if memory has nothing for so many
         layers=(),  # memory layers; none: all
         heads=(),  # query heads; none: all
         k=32,  # keys that a query retrieves, in dense reading too, where it reads all others as well
@@ -76,6 +77,8 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
     config = check_reading(config, options)
     if options.rows != 1:
         raise ValueError(f"rows is {options.rows}; wanted 1: one document is read")
+    if options.document and options.text:
+        raise ValueError(f"document is {options.document} and text {options.text}; wanted one of them")
     for name, least in dict(document=0, max_tokens=0, occurrences=0, last=0, k=1, shown=1, focus=0).items():
         if options[name] < least:
             raise ValueError(f"{name} is {options[name]}; wanted at least {least}")
@@ -93,38 +96,31 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
         )
 
 
-def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
+def inputs(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
     """The document and the tokens of it that are to be looked at.
 
     Returns:
-        `name`, `tokens` int32 [n], with BOS where the model expects one, `pieces` and `signs` (see `page`), `asked`
-        (positions), and `found`: for each occurrence of `find` its tokens' positions.
+        `name`, `tokens` int32 [n], with BOS where the model expects one, `pieces` and `signs` (see `page`), and
+        `looked`, the positions of those that are looked at, in order.
 
     Raises:
         FileNotFoundError: a text or a source that is not there.
-        ValueError: a document or a token that is not there, a text that does not occur.
+        ValueError: a document or a token that is not there, a text that does not occur; a document longer than
+            `capacity`, or no longer than a window; see `looked_at`.
     """
-    options = config.options
+    options, W = config.options, check_reading(model, config.options).window
     name, text = _document(config)
-    bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    tokens = np.concatenate([np.asarray(bos, np.int32), tokenizer.encode(text)]).astype(np.int32)
-    tokens = tokens[: options.max_tokens or None]
-    n = len(tokens)
-    if late := [position for position in options.tokens if position >= n]:
-        raise ValueError(f"tokens has position {late[0]}; {name} has {n:,} tokens: wanted at most {n - 1}")
+    name = name.encode(errors="replace").decode()  # a file's may be no UTF-8
+    tokens = encode_prompt(tokenizer, text)[: options.max_tokens or None]
+    check_length(model, options, len(tokens), name)
+    if len(tokens) <= W:
+        raise ValueError(
+            f"{name} has {len(tokens):,} tokens; wanted more than {W}, the first window's, before which memory holds "
+            "nothing"
+        )
     pieces = page.pieces(tokenizer, tokens)
-    found = occurrences(pieces, options.find) if options.find else []
-    if options.find and not found:
-        raise ValueError(f"find is {options.find!r}; wanted a text that occurs in {name}")
-    last = options.last or (0 if options.tokens or options.find else LAST)
-    return dict(
-        name=name,
-        tokens=tokens,
-        pieces=pieces,
-        signs=page.signs(tokenizer, tokens, pieces),
-        asked=sorted({*options.tokens, *range(max(n - last, 0), n)}),
-        found=found,
-    )
+    looked = looked_at(options, name, pieces, W)
+    return dict(name=name, tokens=tokens, pieces=pieces, signs=page.signs(tokenizer, tokens, pieces), looked=looked)
 
 
 def _document(config: ConfigDict) -> tuple[str, str]:
@@ -162,29 +158,41 @@ def occurrences(pieces: Sequence[str], wanted: str) -> list[list[int]]:
     return out
 
 
-def looked_at(config: ModelConfig, options: ConfigDict, inputs: Mapping[str, Any]) -> list[int]:
+def looked_at(options: ConfigDict, name: str, pieces: Sequence[str], W: int) -> list[int]:
     """Positions of all tokens that are looked at, in order.
 
+    Args:
+        name, pieces: of a document of more than W tokens, a window.
+
     Raises:
-        ValueError: none that has anything in memory, or one that was asked for and has not.
+        ValueError: a token that is not there, or has nothing in memory; a text that does not occur, or in the first
+            window alone; more than `LOOKED` tokens.
     """
-    W, n = config.window, len(inputs["tokens"])
-    if n <= W:
-        raise ValueError(
-            f"{inputs['name']} has {n:,} tokens; wanted more than {W}, the first window's, before which memory holds "
-            "nothing"
-        )
-    if inputs["asked"] and inputs["asked"][0] < W:
+    n = len(pieces)
+    if late := [position for position in options.tokens if position >= n]:
+        raise ValueError(f"tokens has position {late[0]}; {name} has {n:,} tokens: wanted at most {n - 1}")
+    if options.last > n - W:
         raise ValueError(
             f"last is {options.last}, of {n:,} tokens; wanted at most {n - W}: memory holds nothing before token {W}"
         )
-    behind = [tokens for tokens in inputs["found"] if tokens[0] >= W]
-    if inputs["found"] and not behind:
+    last = options.last or (0 if options.tokens or options.find else min(LAST, n - W))
+    found = occurrences(pieces, options.find) if options.find else []
+    if options.find and not found:
+        raise ValueError(f"find is {options.find!r}; wanted a text that occurs in {name}")
+    behind = [tokens for tokens in found if tokens[0] >= W]
+    if found and not behind:
         raise ValueError(
-            f"find is {options.find!r}, which occurs in {inputs['name']} within the first window of {W} tokens alone, "
-            "before which memory holds nothing; wanted a text that occurs later"
+            f"find is {options.find!r}, which occurs in {name} within the first window of {W} tokens alone, before "
+            "which memory holds nothing; wanted a text that occurs later"
         )
-    return sorted({*inputs["asked"], *(i for tokens in behind[-options.occurrences :] for i in tokens)})
+    of_find = (i for tokens in behind[-options.occurrences :] for i in tokens)
+    looked = sorted({*options.tokens, *range(n - last, n), *of_find})
+    if len(looked) > LOOKED:
+        raise ValueError(
+            f"tokens, find ({len(behind):,} times behind the first window) and last choose {len(looked):,} tokens to "
+            f"look at; wanted at most {LOOKED:,}"
+        )
+    return looked
 
 
 def opens(config: ModelConfig, position: int) -> int:
@@ -205,12 +213,10 @@ def run(subject: Subject, options: ConfigDict, inputs: Mapping[str, Any], journa
     """What each token that is looked at retrieves.
 
     Raises:
-        ValueError: see `check` and `looked_at`; a document longer than `capacity`.
+        ValueError: see `check`.
     """
-    config, tokens, name = subject.config, inputs["tokens"], inputs["name"]
+    config, tokens, name, looked = subject.config, inputs["tokens"], inputs["name"], inputs["looked"]
     check(config, options)
-    check_length(config, options, len(tokens), name)
-    looked = looked_at(config, options, inputs)
     windows = {start: list(each) for start, each in itertools.groupby(looked, functools.partial(opens, config))}
     layers = sorted(set(options.layers)) or list(config.mem_layers)
     heads = sorted(set(options.heads)) or list(range(config.n_heads))
@@ -236,10 +242,14 @@ def run(subject: Subject, options: ConfigDict, inputs: Mapping[str, Any], journa
         each = dict(slots=slots, knn=softmax(scores), focus=softmax(around)[..., options.focus])
         return [{key: x[:, :, i].tolist() for key, x in each.items()} for i in range(len(positions))]
 
-    starts = [0, *windows]
+    # The first of those that were not measured before reads all that memory is to hold.
+    first = next((start for start in windows if f"window {start}" not in journal.done), None)
+    held = {first: max(windows) + 1}
     parts = [
-        Part(f"window {start}", positions[-1] + 1 - before, functools.partial(look, start, positions))
-        for before, (start, positions) in zip(starts, windows.items())
+        Part(
+            f"window {start}", positions[-1] + 1 - start + held.get(start, 0), functools.partial(look, start, positions)
+        )
+        for start, positions in windows.items()
     ]
     found = [one for each in journal.results(parts, "retrieval", subject.clock) for one in each]
     found = [{key: np.asarray(x) for key, x in one.items()} for one in found]
@@ -251,13 +261,6 @@ def run(subject: Subject, options: ConfigDict, inputs: Mapping[str, Any], journa
         for position, one in zip(looked, found)
     ]
     best = {key: float(np.mean([one[key][..., 0] for one in found])) for key in ("knn", "focus")}
-    reading = dict(
-        document=name,
-        document_tokens=len(tokens),
-        window=config.window,
-        last_context_length=config.last_context_length,
-        memory_layers=list(config.mem_layers),
-    )
     facts = {
         "document": f"{name}, {len(tokens):,} tokens",
         "window": f"{config.window:,}",
@@ -269,12 +272,16 @@ def run(subject: Subject, options: ConfigDict, inputs: Mapping[str, Any], journa
     title = f"What {_counted(looked, 'token')} of {pathlib.PurePath(name).name} {verb} from memory"
     figure = masses(looked, [opens(config, position) for position in looked], found, layers, len(tokens))
     return Report(
-        title="\n".join([title, *(f"{key}: {fact}" for key, fact in facts.items())]),
+        title="\n".join(map(host.printable, [title, *(f"{key}: {fact}" for key, fact in facts.items())])),
         columns=("token", "retrieved", "text", "layer.head", "kNN", "focus", "mean kNN"),
         rows=tuple(row for one in values for row in _rows(one, options.shown, text)),
         values=dict(
             options=options.to_dict(),
-            **reading,
+            document=name,
+            document_tokens=len(tokens),
+            window=config.window,
+            last_context_length=config.last_context_length,
+            memory_layers=list(config.mem_layers),
             best_knn=best["knn"],
             best_focus=best["focus"],
             heads=by_head(found, layers, heads),

@@ -23,9 +23,8 @@ from ml_collections import ConfigDict
 from fot_jax.config import ModelConfig
 from fot_jax.evals import Report, plots, texts
 from fot_jax.evals.journal import Journal, Part
-from fot_jax.evals.perplexity import described
-from fot_jax.evals.ruler_tasks import CWE_SHORT, TASKS, Sampler, word_lists
-from fot_jax.evals.subject import Subject, check_length, check_reading, reading_options
+from fot_jax.evals.ruler_tasks import TASKS, Sampler, word_lists
+from fot_jax.evals.subject import Subject, check_length, check_reading, described, reading_options
 from fot_jax.tokenizer import Tokenizer
 
 
@@ -68,11 +67,11 @@ def check(config: ModelConfig, options: ConfigDict) -> None:
     check_length(config, options, max(options.lengths), "a prompt with its answer")
 
 
-def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
+def inputs(config: ConfigDict, model: ModelConfig, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[str, Any]:
     """What samples are made of, as `ruler_tasks.Sampler` takes it, as far as the tasks need it.
 
     Raises:
-        ValueError: no text for a task that hides needles in one; a length below that of a task's smallest sample.
+        ValueError: no text for a task that hides needles in one; a length that a sample does not fit.
         ImportError: no package wonderwords for a task that needs its words.
     """
     options, given = config.options, {}
@@ -88,10 +87,14 @@ def inputs(config: ConfigDict, tokenizer: Tokenizer, folder: pathlib.Path) -> di
             raise ValueError(f"data.sources is {config.data.sources}, with no word in it; wanted prose")
         given["prose"] = " ".join(words[: max(options.lengths)])  # words of less than a token are not worth more
     sampler = Sampler(tokenizer, given, options.seed)
-    lengths = (options.lengths, [length for length in options.lengths if length >= CWE_SHORT])
     for task in options.tasks:
-        for length in {min(each) for each in lengths if each}:
-            sampler.sample(task, length, 0)
+        for length in options.lengths:
+            enough = sampler.enough(task, length, options.samples)
+            if enough > length:
+                raise ValueError(
+                    f"task {task}: length is {length}; wanted at least {enough}, which the smallest prompts of all "
+                    f"{options.samples} samples fit with {TASKS[task].new_tokens} tokens of an answer"
+                )
     return given
 
 
@@ -123,7 +126,7 @@ def run(subject: Subject, options: ConfigDict, given: dict[str, Any], journal: J
         samples = [sampler.sample(task, length, i) for i in numbers]
         new_tokens, nothing = TASKS[task].new_tokens, [samples[0].ids[:0]]
         found = subject.answers([each.ids for each in samples], [nothing] * len(samples), new_tokens, room=new_tokens)
-        texts = [postprocessed(subject.tokenizer.decode(ids)) for (ids,) in found]
+        texts = [postprocessed(subject.text(ids)) for (ids,) in found]
         return [
             dict(
                 tokens=len(each.ids),
@@ -137,7 +140,7 @@ def run(subject: Subject, options: ConfigDict, given: dict[str, Any], journal: J
     parts = [
         Part(
             f"{task}, length {length}, from {first}",
-            length * len(numbers),
+            (length - TASKS[task].new_tokens) * len(numbers),
             functools.partial(measure, task, length, numbers),
         )
         for task in options.tasks

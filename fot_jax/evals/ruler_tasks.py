@@ -26,12 +26,13 @@ import importlib.resources
 import itertools
 import re
 import uuid
+import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fot_jax.tokenizer import Tokenizer
+from fot_jax.tokenizer import Tokenizer, encode_prompt
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -172,7 +173,6 @@ class Sampler:
         self.seed, self.tokenizer, self._given = seed, tokenizer, given
         self.nouns, self.adjectives, verbs = given.get("words", ([], [], []))
         self.words = sorted({*self.nouns, *self.adjectives, *verbs})
-        self._bos = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
         # A text's tokens are counted after a full stop, as most do not begin a prompt.
         self._stop = len(tokenizer.encode("."))
         self.word_tokens = functools.cache(lambda word: self.tokens(f" {word}"))
@@ -180,7 +180,7 @@ class Sampler:
 
     def encode(self, text: str) -> np.ndarray:
         """Tokens of a prompt, int32, after BOS where the model expects one."""
-        return np.concatenate([np.asarray(self._bos, np.int32), self.tokenizer.encode(text)]).astype(np.int32)
+        return encode_prompt(self.tokenizer, text)
 
     def tokens(self, text: str) -> int:
         """How many tokens a part of a prompt has, if none reaches beyond it."""
@@ -200,7 +200,7 @@ class Sampler:
 
     def draft(self, name: str, length: int, index: int) -> Draft:
         """The sample of a task and length with this index, its size open."""
-        stream = lambda part: np.random.default_rng([self.seed, list(TASKS).index(name), length, index, part])
+        stream = lambda part: np.random.default_rng([self.seed, zlib.crc32(name.encode()), length, index, part])
         return TASKS[name].draft(self, stream, length)
 
     def sample(self, name: str, length: int, index: int) -> Sample:
@@ -213,10 +213,24 @@ class Sampler:
         prompt, ids = fit(draft, self.encode, length - new_tokens)
         if len(ids) + new_tokens > length:
             raise ValueError(
-                f"task {name}: length is {length}; wanted at least {len(ids) + new_tokens}: its smallest prompt has "
-                f"{len(ids)} tokens, and an answer {new_tokens}"
+                f"task {name}: length is {length}; wanted it to have room for the smallest prompt of sample {index}, "
+                f"{len(ids)} tokens, and an answer of {new_tokens}"
             )
         return Sample(prompt, ids, draft.answers)
+
+    def least(self, name: str, length: int, index: int) -> int:
+        """Tokens of the smallest prompt of a sample, and of its answer."""
+        draft = self.draft(name, length, index)
+        return len(self.encode(draft.prompt(draft.least))) + TASKS[name].new_tokens
+
+    def enough(self, name: str, length: int, samples: int) -> int:
+        """The length, or the next found beyond it, that so many samples of a task fit; each has its own there."""
+        while 2 * self.least(name, length, 0) > length:  # none has twice what another has
+            least = max(self.least(name, length, index) for index in range(samples))
+            if least <= length:
+                break
+            length = least
+        return length
 
 
 # ---- needles in a haystack (niah.py)
@@ -410,12 +424,10 @@ def counts(words: int, kinds: int) -> np.ndarray:
 
 
 def fwe(sampler: Sampler, stream: Stream, length: int) -> Draft:
-    """The three most frequent of `length // 50` words of six letters, the dots left out. Sizes are words of the text, a
-    few of which rounding takes away.
+    """The three most frequent of `length // 50` words of six letters, four at least, the dots left out. Sizes are words
+    of the text, a few of which rounding takes away.
     """
-    kinds = length // 50
-    if kinds < 4:
-        raise ValueError(f"task fwe: length is {length}; wanted at least 200, as it has a word for each 50 tokens")
+    kinds = max(length // 50, 4)
     rng = stream(0)
     spell = lambda: bytes(rng.integers(ord("a"), ord("z") + 1, 6, np.uint8)).decode()
     words = np.array(["...", *distinct(kinds - 1, spell, "words")])

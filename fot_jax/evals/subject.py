@@ -3,7 +3,8 @@
 A text and its question are read as one prompt. Where both, and the answer, fit the window, all of it is in the open
 window, and the model is the plain one. Where they do not, the last `last_context_length` tokens of the text open the
 window, as many fewer as question and answer need, and the text before them is memory: read once for all questions, and
-never copied. What is found does not depend on what else is asked, nor on how many rows are read together.
+never copied. Where `room`, the tokens that question and answer may have, is stated, what is found does not depend on
+what else is asked, nor on how many rows are read together.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fot_jax.config import ModelConfig
 from fot_jax.generate import Reader, decode, extend, memory_tokens, prefill
 from fot_jax.generate.branches import branched, score
 from fot_jax.generate.sampling import GREEDY, Sampling
-from fot_jax.tokenizer import Tokenizer
+from fot_jax.tokenizer import Tokenizer, encode_prompt
 
 Ids = np.ndarray  # int32 [n]
 
@@ -35,7 +36,7 @@ STOP_TOKENS = 32  # generated at a time where a text may end an answer
 
 
 def reading_options() -> dict[str, Any]:
-    """Options that every evaluation has, with their defaults."""
+    """How texts are read, with defaults: an evaluation may leave out what it has no use for."""
     return dict(
         reading="dense",  # how memory is read: "dense", "topk" or "approximate"
         k=32,  # slots a query retrieves, but for "dense"
@@ -47,13 +48,14 @@ def reading_options() -> dict[str, Any]:
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Clock:
     """What was read and generated, and how long the model took for it.
 
     Attributes:
         read, generated: tokens, padding not counted.
-        model_seconds: from asking the model to its answer, compilation included.
+        model_seconds: from asking the model to its answer, compilation included, and what is done for it on the host:
+            inputs padded and moved, texts searched for what stops them.
         compile_seconds: of compiling, which is done once for inputs of a shape.
         progress: called with tokens that were read.
     """
@@ -131,6 +133,7 @@ def check_reading(config: ModelConfig, options: ConfigDict) -> ModelConfig:
     Raises:
         ValueError: an option out of range.
     """
+    options = ConfigDict({**reading_options(), **options})
     if options.rows < 1 or options.capacity < 0:
         raise ValueError(f"rows is {options.rows} and capacity {options.capacity}; wanted at least 1 and 0")
     if not 0 <= options.window <= config.window:
@@ -144,6 +147,13 @@ def check_reading(config: ModelConfig, options: ConfigDict) -> ModelConfig:
         last_context_length=options.last_context_length or min(config.last_context_length, window),
         dtypes=dataclasses.replace(config.dtypes, memory=options.memory_dtype or config.mem_dtype),
     )
+
+
+def described(options: Any) -> str:
+    """How memory is read, in words: "dense", "top-k, k=16", "approximate top-k, k=16, int8"."""
+    ways = {"dense": "dense", "topk": "top-k", "approximate": "approximate top-k"}
+    way = ways[options["reading"]] + ("" if options["reading"] == "dense" else f", k={options['k']}")
+    return f"{way}, {options['memory_dtype']}" if options.get("memory_dtype") else way
 
 
 def check_length(config: ModelConfig, options: ConfigDict, tokens: int, what: str) -> None:
@@ -208,14 +218,17 @@ class Subject:
     @staticmethod
     def of(config: ModelConfig, params: Any, tokenizer: Tokenizer | None, options: ConfigDict) -> Subject:
         """The model as options have it read; see `check_reading`."""
+        options = ConfigDict({**reading_options(), **options})
         reading = memory.Reading(options.reading, options.k if options.reading != "dense" else None)
         return Subject(check_reading(config, options), params, tokenizer, reading, options.rows)
 
     def encode(self, text: str) -> Ids:
         """Tokens of a text, after BOS where the model expects one."""
-        ids = self.tokenizer.encode(text)
-        bos = [self.tokenizer.bos_id] if self.tokenizer.adds_bos and self.tokenizer.bos_id is not None else []
-        return np.concatenate([np.asarray(bos, np.int32), ids]).astype(np.int32)
+        return encode_prompt(self.tokenizer, text)
+
+    def text(self, ids: Ids) -> str:
+        """Text of tokens; those that the tokenizer does not have, of a model padded beyond it, give nothing."""
+        return self.tokenizer.decode(ids[ids < self.tokenizer.vocab_size])
 
     def read(self, texts: Sequence[Ids], room: int | Sequence[int], spilling: int = 0) -> Reader:
         """At most `rows` texts read, each as long as it likes, with room in the open window for `room` tokens more.
@@ -225,7 +238,8 @@ class Subject:
             spilling: tokens that may follow, beyond the window too: memory gets room for them.
 
         Raises:
-            ValueError: more texts than rows; an empty one; room that the window does not have.
+            ValueError: more texts than rows; an empty one; room that the window does not have; of a model without
+                memory layers, texts that do not fit the window with it.
         """
         W, lengths = self.config.window, [len(text) for text in texts]
         if not 1 <= len(texts) <= self.rows or not all(lengths):
@@ -235,6 +249,12 @@ class Subject:
         if room_B.min() < 0 or room_B.max() >= W:
             raise ValueError(f"question and answer have {room_B.max()} tokens; wanted fewer than the window's {W}")
         lengths = np.array(lengths + [1] * filled_up)
+        if not self.config.mem_layers and (lengths + room_B > W).any():
+            n = int(np.argmax(lengths + room_B))
+            raise ValueError(
+                f"a text has {lengths[n]:,} tokens, question and answer {room_B[n]:,}; the model has no memory layers "
+                f"(mem_layers is empty) and a window of {W:,}: wanted no more together"
+            )
         last_B = np.where(lengths + room_B <= W, W, np.minimum(self.config.last_context_length, W - room_B))
         options = self._reading()
         if self.config.mem_layers:  # memory for what it will hold: branches add nothing to it
@@ -266,7 +286,7 @@ class Subject:
         Raises:
             ValueError: see `read`.
         """
-        longest = max((len(ids) for each in continuations for ids in each), default=0)
+        longest = _longest(continuations, 0, room)
         reader = reader or self.read(texts, longest if room is None else room)
         out: list[list[Likelihood]] = [[] for _ in texts]
         for branches, tokens, mask in self._branches(reader, continuations, longest):
@@ -298,7 +318,7 @@ class Subject:
         Raises:
             ValueError: see `read`.
         """
-        longest = max((len(ids) for each in questions for ids in each), default=0)
+        longest = _longest(questions, 0, room)
         reader = reader or self.read(texts, longest + 1 if room is None else room)
         out: list[list[np.ndarray]] = [[] for _ in texts]
         for branches, ids, mask in self._branches(reader, questions, longest):
@@ -331,7 +351,7 @@ class Subject:
         Raises:
             ValueError: see `read`.
         """
-        longest = max((len(ids) for each in questions for ids in each), default=0)
+        longest = _longest(questions, new_tokens, room)
         reader = self.read(texts, longest + new_tokens if room is None else room)
         out: list[list[Ids]] = [[] for _ in texts]
         for branches, tokens, mask in self._branches(reader, questions, longest):
@@ -342,7 +362,7 @@ class Subject:
             with self.clock.model():
                 if mask.any():
                     branches = extend(self.config, self.params, branches, tokens, mask, **self._reading())
-                answers = self._decode(branches, asked, new_tokens, stop)
+                answers = self.decode(branches, asked, new_tokens, stop)
             self.clock.count(int(mask.sum()))
             self.clock.generated += sum(map(len, answers))
             for i, each in enumerate(out):
@@ -356,18 +376,25 @@ class Subject:
         that follow in each, and their mask. Branches that nobody asked for have none.
         """
         most = max(map(len, follows), default=0)
+        if most == 1:
+            alone = [each[0] if each else NOTHING for each in follows]
+            room_B = self.config.window - np.asarray(reader.local.length_B)[: len(alone)]
+            if any(len(ids) > room for ids, room in zip(alone, room_B, strict=True)):
+                # Of one question each, what is too long for the window spills into memory, which `read` was told of.
+                yield reader, *_padded([*alone, *[NOTHING] * (self.rows - len(alone))])
+                return
         # Keys lie there once more rotated, and both once more when they are appended to.
         held = WINDOW_BYTES // max(3 * reader.local.nbytes, 1), BRANCH_TOKENS // (self.rows * max(longest, 1))
         ways = max(1, min(most, *held))
         for first in range(0, most, ways):
             rows = [[*each[first : first + ways]] for each in follows]
             rows += [[] for _ in range(self.rows - len(rows))]
-            tokens, mask = _padded([ids for row in rows for ids in [*row, *[_NOTHING] * (ways - len(row))]], longest)
+            tokens, mask = _padded([ids for row in rows for ids in [*row, *[NOTHING] * (ways - len(row))]], longest)
             with self.clock.model():
                 branches = branched(reader, ways)
             yield branches, tokens, mask
 
-    def _decode(
+    def decode(
         self,
         reader: Reader,
         asked_B: np.ndarray,
@@ -388,19 +415,30 @@ class Subject:
             found = np.concatenate([found, np.asarray(tokens)], axis=1)
             ended = ended | np.asarray(reader.ended_B)
             if stop and found.shape[1] < new_tokens:
-                known = [row[row < self.tokenizer.vocab_size] for row in found]  # a model's may be padded beyond it
-                ended |= [any(text in self.tokenizer.decode(row) for text in stop) for row in known]
+                ended |= [any(text in self.text(row) for text in stop) for row in found]
                 reader = dataclasses.replace(
                     reader, ended_B=jax.device_put(jnp.asarray(ended), reader.ended_B.sharding)
                 )
-        return [self._to_eos(row) if asked else _NOTHING for row, asked in zip(found, asked_B, strict=True)]
+        return [self._to_eos(row) if asked else NOTHING for row, asked in zip(found, asked_B, strict=True)]
 
     def _to_eos(self, ids: Ids) -> Ids:
         ends = np.flatnonzero(np.isin(ids, self.config.eos_ids))
         return ids[: ends[0]] if len(ends) else ids
 
 
-_NOTHING = np.zeros(0, np.int32)
+NOTHING = np.zeros(0, np.int32)
+
+
+def _longest(follows: Sequence[Sequence[Ids]], more: int, room: int | None) -> int:
+    """Tokens of the longest question.
+
+    Raises:
+        ValueError: more, with those of an answer, than there is room for.
+    """
+    longest = max((len(ids) for each in follows for ids in each), default=0)
+    if room is not None and longest + more > room:
+        raise ValueError(f"a question and its answer have {longest + more} tokens; room is {room}")
+    return longest
 
 
 @jax.jit

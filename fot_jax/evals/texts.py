@@ -12,11 +12,18 @@ from fot_jax import data, sources
 from fot_jax.tokenizer import Tokenizer
 
 
-def data_options(*default: str) -> dict[str, Any]:
-    """Where documents come from; the part `data` of an evaluation's configuration."""
+def source_options(*default: str) -> dict[str, Any]:
+    """Where documents come from; the part `data` of the configuration of an evaluation that reads them as text."""
     return dict(
         sources=default,  # as sources.open_corpus takes them: files, folders, python:SPLIT, tfds:NAME:SPLIT
         field="text",  # that holds the text, where documents have fields
+    )
+
+
+def data_options(*default: str) -> dict[str, Any]:
+    """The same of one that reads `documents`."""
+    return dict(
+        **source_options(*default),
         skip_short=False,  # leave out documents of fewer than two tokens, instead of refusing them
         prepared="",  # folder for tokenised documents; by default data/ beside the report
     )

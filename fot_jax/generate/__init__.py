@@ -153,7 +153,7 @@ def long_forward(
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["logits_BV", "seen_BV", "ended_B", "length_B", "local", "mem"],
-    meta_fields=[],
+    meta_fields=["shared"],
 )
 @dataclasses.dataclass(frozen=True)
 class Reader:
@@ -165,7 +165,9 @@ class Reader:
         ended_B: bool, rows that are over.
         length_B: int32, tokens read.
         local: the open window, all layers.
-        mem: memory before it; with fewer rows than the others where rows share it (`branches.branched`).
+        mem: memory before it.
+        shared: whether it belongs to other readers too (`branches.branched`): it is only read, and may have fewer rows,
+            of which each is read by as many rows as come on it.
     """
 
     logits_BV: Array
@@ -174,6 +176,7 @@ class Reader:
     length_B: Array
     local: memories.Cache
     mem: memories.Pages
+    shared: bool = False
 
 
 def memory_tokens(config: ModelConfig, rows: int, needed: int) -> int:
@@ -331,7 +334,7 @@ def _check_rows(reader: Reader, tokens_BT: np.ndarray) -> None:
 
 def _check_room(config: ModelConfig, reader: Reader, new_B: Any) -> None:
     """Refuses more tokens than memory could come to hold, or of rows that share one than the open window."""
-    if shares_memory(reader.local, reader.mem):
+    if reader.shared:
         room_B = reader.local.capacity - np.asarray(reader.local.length_B)
         if np.any(new_B > room_B):
             b = int(np.argmax(new_B - room_B))
@@ -395,14 +398,47 @@ def _extend_rows(
     return reader, looks
 
 
-@functools.partial(jax.jit, static_argnames=("config", "spill", "reading", "look"), donate_argnames=("reader",))
+def _in_place(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function (config, params, reader, ...) -> (reader, more), which writes the reader in place; but a
+    memory that is shared, which it gives back as it is, stays where it is and is not copied.
+    """
+
+    def compiled(f: Callable[..., tuple[Reader, Any]]) -> Callable[..., tuple[Reader, Any]]:
+        own = jax.jit(f, static_argnames=("config", *static), donate_argnames=("reader",))
+
+        @functools.partial(jax.jit, static_argnames=("config", *static), donate_argnames=("reader",))
+        def beside(config, params, reader, mem, *arguments, **options):
+            reader, more = f(config, params, dataclasses.replace(reader, mem=mem), *arguments, **options)
+            return dataclasses.replace(reader, mem=None), more
+
+        @functools.wraps(f)
+        def call(config, params, reader, *arguments, **options):
+            if not reader.shared:
+                return own(config, params, reader, *arguments, **options)
+            mem, rest = reader.mem, dataclasses.replace(reader, mem=None)
+            rest, more = beside(config, params, rest, mem, *arguments, **options)
+            return dataclasses.replace(rest, mem=mem), more
+
+        return call
+
+    return compiled
+
+
+def _with_room(
+    config: ModelConfig, reader: Reader, spill: str, grows_B: Array
+) -> tuple[memories.Cache, memories.Cache | memories.Pages]:
+    """`make_room`, where memory is not shared; where it is, there is room (`_check_room`)."""
+    return (reader.local, reader.mem) if reader.shared else make_room(config, reader.local, reader.mem, spill, grows_B)
+
+
+@_in_place("spill", "reading", "look")
 def _extend(config, params, reader, tokens_BT, count_B, *, spill, reading, look=None) -> tuple[Reader, Any]:
     """Reads the first count_B tokens of each row of [B, T], for which the open window has room once it has spilled.
 
     `look` (config, params, logits_BV before the tokens, hidden_BTD after each, tokens_BT) makes what is returned beside
     the reader; without it that is None.
     """
-    local, mem = make_room(config, reader.local, reader.mem, spill, count_B > 0)
+    local, mem = _with_room(config, reader, spill, count_B > 0)
     hidden, local, _ = model.extend_window(
         config, params, tokens_BT, mem=mem, local=local, count_B=count_B, reading=reading
     )
@@ -418,13 +454,9 @@ def _extend(config, params, reader, tokens_BT, count_B, *, spill, reading, look=
         length_B=reader.length_B + count_B,
         local=local,
         mem=mem,
+        shared=reader.shared,
     )
     return memories.constrain(reader), seen
-
-
-def shares_memory(local: memories.Cache, mem: memories.Cache | memories.Pages) -> bool:
-    """Whether several rows read one row of memory."""
-    return local.length_B.shape != mem.length_B.shape
 
 
 def _spilled(window: int, spill: str) -> int:
@@ -442,11 +474,8 @@ def make_room(
     """The open window and memory, with room in the window for one more token in every row, or where `grows_B` (bool) is
     True.
 
-    Rows whose window is full spill: all of it ("block"), or its oldest eighth ("sliding"). Rows that share a memory do
-    not, and have room (`_check_room`).
+    Rows whose window is full spill: all of it ("block"), or its oldest eighth ("sliding").
     """
-    if shares_memory(local, mem):
-        return local, mem
     size = _spilled(local.capacity, spill)
     full_B = local.length_B >= local.capacity
     count_B = jnp.where(full_B if grows_B is None else full_B & grows_B, size, 0)
@@ -493,18 +522,20 @@ def decode(
     key_B = samplings.row_keys(key, len(reader.length_B))
     size = memories.power_of_two(max(max_new_tokens, OUT_TOKENS))
     options = dict(size=size, steps=sampling.steps, spill=spill, reading=reading)
-    out, reader = _decode(config, params, reader, sampling.values, key_B, np.int32(max_new_tokens), **options)
+    reader, out = _decode(config, params, reader, sampling.values, key_B, np.int32(max_new_tokens), **options)
     return out[:, :max_new_tokens], reader
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "size", "steps", "spill", "reading"), donate_argnames=("reader",)
-)
+@_in_place("size", "steps", "spill", "reading")
 def _decode(config, params, reader, values, key_B, max_new_tokens, *, size, steps, spill, reading):
     blocks = model.layers(config, params)
     pad = jnp.int32(next((i for i in (config.pad_id, *config.eos_ids) if i is not None), 0))
     eos = jnp.asarray(config.eos_ids, jnp.int32)
     rows = jnp.arange(reader.length_B.shape[0])
+    # What the loop carries is copied unless it is donated: a memory that is only read stays outside.
+    shared_mem = reader.mem if reader.shared else None
+    carried = lambda reader: dataclasses.replace(reader, mem=None) if reader.shared else reader
+    whole = lambda reader: dataclasses.replace(reader, mem=shared_mem) if reader.shared else reader
 
     def more(carry):
         step, _, reader, _ = carry
@@ -512,6 +543,7 @@ def _decode(config, params, reader, values, key_B, max_new_tokens, *, size, step
 
     def one(carry):
         step, out_BN, reader, rotated = carry
+        reader = whole(reader)
         # A draw depends on the row's key and how many tokens precede it: not on other rows, nor on where a call began.
         now_B = jax.vmap(jax.random.fold_in)(key_B, reader.length_B)
         token_B = samplings.choose(reader.logits_BV, reader.seen_BV, now_B, values, steps)
@@ -519,7 +551,7 @@ def _decode(config, params, reader, values, key_B, max_new_tokens, *, size, step
         token_B = jnp.where(grows_B, token_B, pad)
         ended_B = reader.ended_B | jnp.any(token_B[:, None] == eos[None], axis=1)
         out_BN = jax.lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
-        local, mem = make_room(config, reader.local, reader.mem, spill, grows_B)
+        local, mem = _with_room(config, reader, spill, grows_B)
         if spill == "sliding":  # tokens that moved up are at other positions; after a block no token is left
             moved = jnp.any(local.length_B < reader.local.length_B)
             rotated = jax.lax.cond(moved, lambda: model.rotated_keys(config, local), lambda: rotated)
@@ -542,13 +574,14 @@ def _decode(config, params, reader, values, key_B, max_new_tokens, *, size, step
             length_B=reader.length_B + count_B,
             local=local,
             mem=mem,
+            shared=reader.shared,
         )
-        return step + 1, out_BN, reader, rotated
+        return step + 1, out_BN, carried(reader), rotated
 
     out_BN = jnp.full((reader.ended_B.shape[0], size), pad)
-    start = jnp.int32(0), out_BN, reader, model.rotated_keys(config, reader.local)
+    start = jnp.int32(0), out_BN, carried(reader), model.rotated_keys(config, reader.local)
     _, out_BN, reader, _ = jax.lax.while_loop(more, one, start)
-    return memories.constrain((out_BN, reader))
+    return memories.constrain((whole(reader), out_BN))
 
 
 def generate(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fot_jax import losses, model
+from fot_jax import losses
 from fot_jax import memory as memories
 from fot_jax.config import ModelConfig
 from fot_jax.generate import (
@@ -27,30 +27,30 @@ from fot_jax.generate import (
     _check_tokens,
     _extend_rows,
     _flush_left,
-    shares_memory,
 )
 
 Array = jax.Array
 
-LOGIT_BYTES = 2**27  # of float32 logits at a time
 
-
-@functools.partial(jax.jit, static_argnames=("ways",))
 def branched(reader: Reader, ways: int) -> Reader:
-    """A reader of `ways` rows for each row of another, which follow one another and share its memory.
+    """A reader of `ways` rows for each row of another, which follow one another and share its memory: the other, and
+    more branches of it, can be gone on with after these, as what reads a branch leaves that memory as it is.
 
-    Nothing that is read later enters that memory: branches have room for what is left of the open window, and going on
-    beyond it raises.
+    Nothing that is read later enters it: branches have room for what is left of the open window, and going on beyond
+    it raises.
 
     Raises:
         ValueError: less than one way; a reader that is branched.
     """
-    if ways < 1 or shares_memory(reader.local, reader.mem):
+    if ways < 1 or reader.shared:
         raise ValueError(f"{ways} branches of {len(reader.length_B)} rows; wanted at least 1, of rows not branched yet")
-    repeat = lambda x: jnp.repeat(x, ways, axis=0)
-    parts = {field.name: getattr(reader, field.name) for field in dataclasses.fields(reader)}
-    mem = parts.pop("mem")
-    return memories.constrain(Reader(mem=mem, **jax.tree.map(repeat, parts)))
+    branches = _repeated(dataclasses.replace(reader, mem=None), ways)
+    return dataclasses.replace(branches, mem=reader.mem, shared=True)
+
+
+@functools.partial(jax.jit, static_argnames=("ways",))
+def _repeated(reader: Reader, ways: int) -> Reader:
+    return memories.constrain(jax.tree.map(lambda x: jnp.repeat(x, ways, axis=0), reader))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +112,9 @@ def score(
 
 
 def _likelihoods(config, params, logits_BV: Array, hidden_BTD: Array, tokens_BT: Array) -> tuple[Array, Array]:
-    """Log-probability of each token, and whether it was the likeliest; logits of some tokens at a time."""
-    B, T = tokens_BT.shape
+    """Log-probability of each token, and whether it was the likeliest."""
     # Token t + 1 is predicted at token t, the first by what was read before.
-    first = _likelihood(logits_BV[:, None], tokens_BT[:, :1])
-    blocks = max(1, min(T - 1, -(-4 * B * T * config.vocab_size // LOGIT_BYTES)))
-    size = -(-(T - 1) // blocks)
-    pad = ((0, 0), (0, blocks * size - (T - 1)))
-    cut = lambda x: jnp.moveaxis(x.reshape(B, blocks, size, *x.shape[2:]), 1, 0)
-    inputs = cut(jnp.pad(hidden_BTD[:, :-1], (*pad, (0, 0)))), cut(jnp.pad(tokens_BT[:, 1:], pad))
-    rest = jax.lax.map(lambda x: _likelihood(model.logits(config, params, x[0]), x[1]), inputs)
-    joined = (jnp.moveaxis(x, 0, 1).reshape(B, -1)[:, : T - 1] for x in rest)
-    return tuple(jnp.concatenate([a, b], axis=1) for a, b in zip(first, joined, strict=True))
-
-
-def _likelihood(logits_BTV: Array, tokens_BT: Array) -> tuple[Array, Array]:
-    loss_BT, likeliest_BT = losses.cross_entropy(logits_BTV, tokens_BT)
+    first = losses.cross_entropy(logits_BV[:, None], tokens_BT[:, :1])
+    rest = losses.token_losses(config, params, hidden_BTD[:, :-1], tokens_BT[:, 1:]) if tokens_BT.shape[1] > 1 else ()
+    loss_BT, likeliest_BT = (jnp.concatenate(parts, axis=1) for parts in (zip(first, rest) if rest else zip(first)))
     return -loss_BT, likeliest_BT

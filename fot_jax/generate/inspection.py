@@ -15,7 +15,7 @@ import numpy as np
 from fot_jax import attention, model
 from fot_jax import memory as memories
 from fot_jax.config import ModelConfig
-from fot_jax.generate import OPEN_TOKENS, Reader, _check_room, _check_rows, _check_tokens, make_room
+from fot_jax.generate import OPEN_BYTES, OPEN_TOKENS, Reader, _check_room, _check_rows, _check_tokens, _with_room
 from fot_jax.memory.stored import loaded
 
 Array = jax.Array
@@ -126,22 +126,33 @@ def surroundings(
     B, T = tokens_BT.shape
     if at_Q.ndim != 1 or not at_Q.size or at_Q.min() < 0 or at_Q.max() >= T:
         raise ValueError(f"queries are those of tokens {at_Q.tolist()}; wanted one or more of 0..{T - 1}")
-    # Few shapes, so that few programs serve all lengths.
-    width = min(config.window, memories.power_of_two(max(T, OPEN_TOKENS)))
-    padded_BT = np.pad(tokens_BT, ((0, 0), (0, width - T)))
-    padded_Q = np.pad(at_Q, (0, memories.power_of_two(len(at_Q)) - len(at_Q)), mode="edge").astype(np.int32)
-    given = padded_BT, np.full(B, T, np.int32), padded_Q
+    # Some tokens at a time, as their scores in the open window are bounded; few shapes, so that few programs serve all.
+    most = memories.power_of_two(OPEN_BYTES // (4 * B * config.n_heads * config.window) + 1) // 2
+    width = min(config.window, max(most, OPEN_TOKENS), memories.power_of_two(max(T, OPEN_TOKENS)))
     options = dict(k=k, first=first, around=around, reading=reading)
-    # Where a window may spill, memory is copied.
-    full = bool(np.any(np.asarray(reader.local.length_B) >= config.window))
-    found = _surroundings(config, params, reader, *given, full=full, **options)
-    cut = lambda x: np.asarray(x)[:, :, : len(at_Q)]
-    return [Surroundings(layer, *map(cut, each)) for layer, each in zip(config.mem_layers, found, strict=True)]
+    if np.any(np.asarray(reader.local.length_B) >= config.window):
+        reader = _spilled(config, reader)
+    found, asked = [], []
+    for start in range(0, int(at_Q.max()) + 1, width):
+        count = min(width, T - start)
+        piece_BT = np.pad(tokens_BT[:, start : start + count], ((0, 0), (0, width - count)))
+        here = np.flatnonzero(at_Q // width == start // width)
+        here_Q = np.resize(at_Q[here] - start, len(here) and memories.power_of_two(len(here))).astype(np.int32)
+        given = piece_BT, np.full(B, count, np.int32), here_Q
+        local, seen = _surroundings(config, params, reader, *given, **options)
+        reader = dataclasses.replace(reader, local=local)
+        if len(here):
+            asked.append(here)
+            found.append([[np.asarray(x)[:, :, : len(here)] for x in each] for each in seen])
+    order = np.argsort(np.concatenate(asked))
+    whole = jax.tree.map(lambda *pieces: np.concatenate(pieces, axis=2)[:, :, order], *found)
+    return [Surroundings(layer, *each) for layer, each in zip(config.mem_layers, whole, strict=True)]
 
 
 def begun(reader: Reader, slots: int) -> Reader:
     """A reader with an empty open window after the first `slots` tokens of another's memory, where they lie: what the
-    other was when it had read so many, whatever it has read since. Its scores of the next token are not known.
+    other was when it had read so many, whatever it has read since. The memory is shared; the scores of the next token
+    are not known.
 
     Args:
         reader: one of whose memory nothing was evicted.
@@ -158,7 +169,7 @@ def begun(reader: Reader, slots: int) -> Reader:
         left = max(left - page.capacity, 0)
     nothing = dataclasses.replace(reader.local, length_B=jnp.zeros_like(reader.local.length_B))
     parts = dict(length_B=jnp.full_like(reader.length_B, slots), logits_BV=jnp.full_like(reader.logits_BV, jnp.nan))
-    return dataclasses.replace(reader, local=nothing, mem=reader.mem.with_pages(pages), **parts)
+    return dataclasses.replace(reader, local=nothing, mem=reader.mem.with_pages(pages), shared=True, **parts)
 
 
 def recall(
@@ -203,7 +214,7 @@ def _next_tokens(config: ModelConfig, reader: Reader, tokens_BT: Any) -> np.ndar
 @functools.partial(jax.jit, static_argnames=("config", "k", "reading", "recalls"))
 def _retrieve(config, params, reader, tokens_BT, *, k, reading, recalls) -> list[list[tuple[Array, Array]]]:
     """For each of `recalls`, (slots, scores) of each memory layer."""
-    local, mem = make_room(config, reader.local, reader.mem, "block", jnp.ones_like(reader.ended_B))
+    local, mem = _with_room(config, reader, "block", jnp.ones_like(reader.ended_B))
     found: list[list[tuple[Array, Array]]] = [[] for _ in recalls]
 
     def watch(m: int, q_BHTK: Array) -> None:
@@ -216,23 +227,31 @@ def _retrieve(config, params, reader, tokens_BT, *, k, reading, recalls) -> list
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("config", "full", "k", "first", "around", "reading"))
-def _surroundings(config, params, reader, tokens_BT, count_B, at_Q, *, full, k, first, around, reading) -> list[tuple]:
-    """(slots, scores, scores round the first slots) of each memory layer, of the queries of tokens `at_Q`."""
-    local, mem = reader.local, reader.mem
-    if full:
-        local, mem = make_room(config, local, mem, "block", jnp.ones_like(reader.ended_B))
-    scale, found = model.score_scale(config), []
+@functools.partial(jax.jit, static_argnames=("config",))
+def _spilled(config, reader) -> Reader:
+    """The reader with room in its open window; its memory is copied."""
+    local, mem = _with_room(config, reader, "block", jnp.ones_like(reader.ended_B))
+    return memories.constrain(dataclasses.replace(reader, local=local, mem=mem))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "k", "first", "around", "reading"))
+def _surroundings(config, params, reader, tokens_BT, count_B, at_Q, *, k, first, around, reading):
+    """The open window after the first `count_B` tokens, and (slots, scores, scores round the first slots) of each
+    memory layer, of the queries of tokens `at_Q`; of no layer where there are none.
+    """
+    mem, scale, found = reader.mem, model.score_scale(config), []
 
     def watch(m: int, q_BHTK: Array) -> None:
+        if not at_Q.size:
+            return
         q_BHQK = jnp.take(q_BHTK, at_Q, axis=2)
         of = dict(k=k, score_bytes=reading.score_bytes, deals=mem.deals, seen=mem.each_seen)
         slots, s = memories.search(q_BHQK, mem.keys[m], mem.length_B, **of)
         found.append((slots, s * scale, _around(mem, m, q_BHQK, slots[..., :first], around) * scale))
 
-    options = dict(mem=mem, local=local, count_B=count_B, reading=reading, watch=watch)
-    model.extend_window(config, params, tokens_BT, **options)
-    return found
+    options = dict(mem=mem, local=reader.local, count_B=count_B, reading=reading, watch=watch)
+    _, local, _ = model.extend_window(config, params, tokens_BT, **options)
+    return memories.constrain(local), found
 
 
 def _around(mem: memories.Cache | memories.Pages, m: int, q_BHQK: Array, slots_BHQN: Array, around: int) -> Array:

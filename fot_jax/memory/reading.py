@@ -169,48 +169,6 @@ def _topk_blocks(queries: int, parts: Sequence[_Part], rows: int, score_bytes: i
     return max(1, min(queries, (budget - copied * slot_block) // (9 * rows * slot_block))), slot_block
 
 
-def _over_query_blocks(read_block: Callable[..., Any], xs: Any, size: int) -> Any:
-    """`read_block` on blocks of `size` queries, one after another.
-
-    Args:
-        xs: an array [B, H, T, ...], or a tree of them.
-
-    Returns:
-        What the blocks give, joined along T, axis 2 of every array.
-    """
-    T = jax.tree.leaves(xs)[0].shape[2]
-    return _joined(_one_by_one(read_block, _in_blocks(xs, size)), T)
-
-
-def _in_blocks(xs: Any, size: int) -> Any:
-    """[n, B, H, size, ...] of arrays [B, H, T, ...], with zeros after the last."""
-
-    def split(x: Array) -> Array:
-        B, H, T, *rest = x.shape
-        n = -(-T // size)
-        padded = jnp.pad(x, [(0, 0), (0, 0), (0, n * size - T), *[(0, 0)] * len(rest)])
-        return jnp.moveaxis(padded.reshape(B, H, n, size, *rest), 2, 0)
-
-    return jax.tree.map(split, xs)
-
-
-def _joined(xs: Any, T: int) -> Any:
-    """[B, H, T, ...] of arrays [n, B, H, size, ...]: the other way."""
-
-    def join(x: Array) -> Array:
-        n, B, H, size, *rest = x.shape
-        return jnp.moveaxis(x, 0, 2).reshape(B, H, n * size, *rest)[:, :, :T]
-
-    return jax.tree.map(join, xs)
-
-
-def _one_by_one(f: Callable[[Any], Any], xs: Any) -> Any:
-    """`lax.map`, without a loop where there is one."""
-    if jax.tree.leaves(xs)[0].shape[0] > 1:
-        return jax.lax.map(f, xs)
-    return jax.tree.map(lambda x: x[None], f(jax.tree.map(lambda x: x[0], xs)))
-
-
 class _Part(NamedTuple):
     """A page of memory, or what a device holds of one.
 
@@ -540,7 +498,7 @@ def _dense(
             partial = _over_slots(one, nothing, parts, _convertible(slot_block, parts))
         return _merge_over(axes, partial)
 
-    return _over_query_blocks(read_block, q_BHTK, query_block)
+    return attention.over_query_blocks(read_block, q_BHTK, query_block)
 
 
 def _top_k(s: Array, k: int) -> tuple[Array, Array]:
@@ -633,7 +591,7 @@ def _search(
     else:
         query_block, slot_block = _topk_blocks(T, keys, B * H, score_bytes)
     best = _best if recall is None else functools.partial(jax.lax.approx_max_k, recall_target=recall)
-    q_nBGQK = jax.vmap(functools.partial(attention.grouped, n_kv_heads=G))(_in_blocks(q_BHTK, query_block))
+    q_nBGQK = jax.vmap(functools.partial(attention.grouped, n_kv_heads=G))(attention.in_blocks(q_BHTK, query_block))
     if one_pass:
         s, slots = _select_in_one_pass(q_nBGQK, keys, N)
     elif T == 1 and 8 * B * H * sum(part.columns for part in parts) <= budget:  # scores of parts, and in one piece
@@ -646,7 +604,7 @@ def _search(
         heads = lambda x: x.reshape(B, H, query_block, N)
         return heads(jnp.where(s > -jnp.inf, slots, -1)), heads(s)
 
-    return _joined(_one_by_one(of_all, (s, slots)), T)
+    return attention.joined(attention.one_by_one(of_all, (s, slots)), T)
 
 
 def _scores(q_BGQK: Array, keys: Array, counts: Array | None, others: Array | float) -> Array:
@@ -673,7 +631,7 @@ def _select(q_nBGQK: Array, parts: list[_Part], N: int, slot_block: int, best: _
             top, index = best(s, min(N, s.shape[-1]))
             return _better(so_far, (top, part.number(first + index)), N)
 
-        return _one_by_one(one, (q_nBGQK, so_far))
+        return attention.one_by_one(one, (q_nBGQK, so_far))
 
     return _over_slots(select, _none_yet(q_nBGQK, N), parts, slot_block)
 
@@ -708,7 +666,7 @@ def _select_in_one_pass(q_nBGQK: Array, parts: list[_Part], N: int) -> tuple[Arr
             found = jax.lax.cond(jnp.max(part.filled_B) > 0, select, lambda found: found, found)
         return found
 
-    return _one_by_one(one, q_nBGQK)
+    return attention.one_by_one(one, q_nBGQK)
 
 
 def _select_at_once(q_BGQK: Array, parts: list[_Part], N: int, best: _Best) -> tuple[Array, Array]:
@@ -798,7 +756,7 @@ def _weighted_sum(values: Buffer, column_BGQN: Array, weight_BGQN: Array, dtype:
         of_all = jax.vmap(of_query, in_axes=(None, 0, 0))
         return jax.vmap(jax.vmap(of_all))(*given)
     flat = jax.tree.map(lambda x: x.reshape(B * G, *x.shape[2:]), given)
-    return _one_by_one(of_head, flat).reshape(B, G, Q, K)
+    return attention.one_by_one(of_head, flat).reshape(B, G, Q, K)
 
 
 def _best_of_all(s: Array, slots: Array, N: int, axes: tuple[str, ...]) -> tuple[Array, Array]:
