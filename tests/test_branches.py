@@ -13,6 +13,7 @@ import fot_jax
 from fot_jax import losses, sharding
 from fot_jax.generate import decode, extend, prefill
 from fot_jax.generate.branches import branched, score
+from fot_jax.generate.saved import save_reader
 from fot_jax.memory import Reading
 
 CONFIG = fot_jax.ModelConfig(
@@ -166,6 +167,8 @@ def test_what_cannot_be(params):
         ValueError, match="11 tokens follow in a window that has room for 10, and rows that share a mem"
     ):
         extend(CONFIG, params, two, np.ones((2, 11), int))
+    with pytest.raises(ValueError, match="the reader shares its memory with others"):
+        save_reader("unused", CONFIG, params, two)
     with pytest.raises(ValueError, match="queries have 3 rows and memory 2; wanted a multiple"):
         fot_jax.memory.read(
             fot_jax.memory.DENSE,

@@ -51,8 +51,11 @@ def save_reader(
         last_tokens: the last few of each row, for those who turn the tokens that follow into text.
 
     Raises:
+        ValueError: a reader that shares its memory with others.
         OSError: the file cannot be written; a path that is no ordinary file's.
     """
+    if reader.shared:
+        raise ValueError("the reader shares its memory with others (branches.branched); wanted one with its own")
     arrays = {name: np.asarray(getattr(reader, name)) for name in _ROW_ARRAYS}
     arrays |= saving.arrays_of(reader.mem, "memory") | saving.arrays_of(reader.local, "local")
     metadata = {
