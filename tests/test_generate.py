@@ -265,7 +265,8 @@ def test_later_tokens_change_no_earlier_logits_in_topk_memory():
 @pytest.mark.parametrize("committed", [False, True])
 def test_inputs_of_many_lengths_share_one_program_of_each_kind(committed):
     module = sys.modules["fot_jax.generate"]
-    sizes = lambda: [f._cache_size() for f in (module._prefill_in_place, module._extend, module._decode)]
+    compiled = module._extend.programs, module._decode.programs
+    sizes = lambda: [module._prefill_in_place._cache_size(), *(count() for count in compiled)]
     config = SMALL.replace(vocab_size=11 + committed)  # no other test's
     params = reference.random_params(config)
     if committed:  # as `load_pretrained` gives them

@@ -201,7 +201,8 @@ def test_a_saved_memory_is_read_on_another_number_of_devices(devices, tmp_path):
 
 def test_one_program_of_each_kind_is_for_all_lengths(devices):
     module = sys.modules["fot_jax.generate"]
-    sizes = lambda: [f._cache_size() for f in (module._prefill_in_place, module._extend, module._decode)]
+    compiled = module._extend.programs, module._decode.programs
+    sizes = lambda: [module._prefill_in_place._cache_size(), *(count() for count in compiled)]
     config = model_config(2, 4, 4, layers=2).replace(eos_id=None, last_context_length=3, vocab_size=13)
     mesh = sharding.make_mesh({"data": 1, "tensor": 2, "context": 4}, devices)
     with jax.set_mesh(mesh):

@@ -419,6 +419,7 @@ def _in_place(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
             rest, more = beside(config, params, rest, mem, *arguments, **options)
             return dataclasses.replace(rest, mem=mem), more
 
+        call.programs = lambda: own._cache_size() + beside._cache_size()
         return call
 
     return compiled
