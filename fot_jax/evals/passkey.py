@@ -198,7 +198,7 @@ def report(options: ConfigDict, found: dict[int, list[dict[str, Any]]], window: 
         for length, prompts in found.items()
     }
     names = [f"{depth:.0%}" for depth in options.depths]
-    title = f"passkey: share of keys found, {len(next(iter(found.values())))} prompts a length, window {window:,}"
+    title = f"passkey: share of keys found,\n{len(next(iter(found.values())))} prompts a length, window {window:,}"
 
     def plot(path: pathlib.Path) -> None:
         columns = [f"{length:,}" for length in found]

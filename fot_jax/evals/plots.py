@@ -77,7 +77,7 @@ def grid(
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    figure.suptitle(textwrap.fill(title, round(11 * size[0])))
+    figure.suptitle("\n".join(textwrap.fill(line, round(11 * size[0])) for line in title.split("\n")))
     figure.colorbar(picture, label="share that is right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
