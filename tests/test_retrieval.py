@@ -6,6 +6,7 @@ import contextlib
 import html.parser
 import json
 import pathlib
+import sys
 import unittest.mock
 
 import jax
@@ -164,8 +165,9 @@ def test_a_window_is_read_in_bounded_pieces(models, monkeypatch):
     reader, given = prefill(config, params, tokens[:, :32], W), (tokens[:, 32:], [7, 1, 6, 0])
     of = dict(k=K, first=SHOWN, around=FOCUS)
     (whole,) = surroundings(config, params, reader, *given, **of)
-    monkeypatch.setattr(inspection, "OPEN_BYTES", 4 * config.n_heads * W * 2)
-    monkeypatch.setattr(inspection, "OPEN_TOKENS", 1)
+    generate = sys.modules["fot_jax.generate"]  # which the function of that name hides
+    monkeypatch.setattr(generate, "OPEN_BYTES", 4 * config.n_heads * W * 2)
+    monkeypatch.setattr(generate, "OPEN_TOKENS", 1)
     with unittest.mock.patch.object(inspection, "_surroundings", side_effect=inspection._surroundings) as asked:
         (pieces,) = surroundings(config, params, reader, *given, **of)
     assert [call.args[3].shape[1] for call in asked.call_args_list] == [2, 2, 2, 2]

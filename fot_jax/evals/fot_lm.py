@@ -205,8 +205,7 @@ class FotLM(TemplateLM):
 
     def tok_decode(self, tokens: int | Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of tokens. Special ones give none, whatever is asked for; nor do those of a padded vocabulary."""
-        known = [int(i) for i in np.atleast_1d(tokens) if i < self.tokenizer.vocab_size]
-        return self.tokenizer.decode(known)
+        return self.subject.text(np.atleast_1d(np.asarray(tokens, np.int32)))
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template of that name, or the only one; None for False."""

@@ -289,14 +289,12 @@ class Subject:
         longest = _longest(continuations, 0, room)
         reader = reader or self.read(texts, longest if room is None else room)
         out: list[list[Likelihood]] = [[] for _ in texts]
-        for branches, tokens, mask in self._branches(reader, continuations, longest):
+        for branches, tokens, mask, asked in self._branches(reader, continuations, longest):
             with self.clock.model():
                 options = dict(self._reading(), progress=self.clock.count)
                 found, _ = score(self.config, self.params, branches, tokens, mask, **options)
-            ways = len(tokens) // self.rows
-            for i, each in enumerate(out):
-                for row in range(i * ways, min((i + 1) * ways, i * ways + len(continuations[i]) - len(each))):
-                    each.append(Likelihood(found.log_p_BT[row][mask[row]], found.likeliest_BT[row][mask[row]]))
+            for row, i in asked.items():
+                out[i].append(Likelihood(found.log_p_BT[row][mask[row]], found.likeliest_BT[row][mask[row]]))
         return out
 
     def choices(
@@ -321,14 +319,13 @@ class Subject:
         longest = _longest(questions, 0, room)
         reader = reader or self.read(texts, longest + 1 if room is None else room)
         out: list[list[np.ndarray]] = [[] for _ in texts]
-        for branches, ids, mask in self._branches(reader, questions, longest):
+        for branches, ids, mask, asked in self._branches(reader, questions, longest):
             with self.clock.model():
                 options = dict(self._reading(), progress=self.clock.count)
                 branches = extend(self.config, self.params, branches, ids, mask, **options)
                 log_p = np.asarray(_log_p(branches.logits_BV, jnp.asarray(tokens)))
-            ways = len(ids) // self.rows
-            for i, each in enumerate(out):
-                each += [*log_p[i * ways : min((i + 1) * ways, i * ways + len(questions[i]) - len(each))]]
+            for row, i in asked.items():
+                out[i].append(log_p[row])
         return out
 
     def answers(
@@ -354,26 +351,23 @@ class Subject:
         longest = _longest(questions, new_tokens, room)
         reader = self.read(texts, longest + new_tokens if room is None else room)
         out: list[list[Ids]] = [[] for _ in texts]
-        for branches, tokens, mask in self._branches(reader, questions, longest):
-            ways = len(tokens) // self.rows
-            asked = np.zeros(len(tokens), bool)
-            for i, each in enumerate(out):
-                asked[i * ways : min((i + 1) * ways, i * ways + len(questions[i]) - len(each))] = True
+        for branches, tokens, mask, asked in self._branches(reader, questions, longest):
             with self.clock.model():
                 if mask.any():
                     branches = extend(self.config, self.params, branches, tokens, mask, **self._reading())
-                answers = self.decode(branches, asked, new_tokens, stop)
+                answers = self.decode(branches, np.isin(np.arange(len(tokens)), [*asked]), new_tokens, stop)
             self.clock.count(int(mask.sum()))
             self.clock.generated += sum(map(len, answers))
-            for i, each in enumerate(out):
-                each += [answers[row] for row in range(i * ways, (i + 1) * ways) if asked[row]]
+            for row, i in asked.items():
+                out[i].append(answers[row])
         return out
 
     def _branches(
         self, reader: Reader, follows: Sequence[Sequence[Ids]], longest: int
-    ) -> Iterator[tuple[Reader, np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[Reader, np.ndarray, np.ndarray, dict[int, int]]]:
         """Branches of what was read, as many at a time as `WINDOW_BYTES` and `BRANCH_TOKENS` allow, with the tokens
-        that follow in each, and their mask. Branches that nobody asked for have none.
+        that follow in each, and their mask; and which of the rows were asked for, in order, each with its text. Others
+        have no tokens.
         """
         most = max(map(len, follows), default=0)
         if most == 1:
@@ -381,7 +375,8 @@ class Subject:
             room_B = self.config.window - np.asarray(reader.local.length_B)[: len(alone)]
             if any(len(ids) > room for ids, room in zip(alone, room_B, strict=True)):
                 # Of one question each, what is too long for the window spills into memory, which `read` was told of.
-                yield reader, *_padded([*alone, *[NOTHING] * (self.rows - len(alone))])
+                asked = {i: i for i, each in enumerate(follows) if each}
+                yield reader, *_padded([*alone, *[NOTHING] * (self.rows - len(alone))]), asked
                 return
         # Keys lie there once more rotated, and both once more when they are appended to.
         held = WINDOW_BYTES // max(3 * reader.local.nbytes, 1), BRANCH_TOKENS // (self.rows * max(longest, 1))
@@ -392,7 +387,7 @@ class Subject:
             tokens, mask = _padded([ids for row in rows for ids in [*row, *[NOTHING] * (ways - len(row))]], longest)
             with self.clock.model():
                 branches = branched(reader, ways)
-            yield branches, tokens, mask
+            yield branches, tokens, mask, {i * ways + j: i for i, row in enumerate(rows) for j in range(len(row))}
 
     def decode(
         self,

@@ -311,14 +311,22 @@ def extend(
     Raises:
         ValueError: input that does not fit; memory without room.
     """
+    reading = memories.Reading(memory, k, score_bytes)
+    tokens_BT, mask_BT = _check_next(config, reader, tokens_BT, attention_mask, spill)
+    count_B = mask_BT.sum(1)
+    given = _flush_left(tokens_BT, mask_BT), np.zeros_like(count_B), count_B
+    return _extend_rows(config, params, reader, *given, spill, reading, progress)[0]
+
+
+def _check_next(
+    config: ModelConfig, reader: Reader, tokens_BT: Any, attention_mask: Any, spill: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [B, T], mask bool [B, T]) of what is to be read next, or an error that names what is wrong."""
     tokens_BT, mask_BT, _ = _check_tokens(config, tokens_BT, None, attention_mask)
     _check_spill(spill)
-    reading = memories.Reading(memory, k, score_bytes)
     _check_rows(reader, tokens_BT)
-    length_B = mask_BT.sum(1)
-    _check_room(config, reader, length_B)
-    tokens_BT, first_B = _flush_left(tokens_BT, mask_BT), np.zeros_like(length_B)
-    return _extend_rows(config, params, reader, tokens_BT, first_B, length_B, spill, reading, progress)[0]
+    _check_room(config, reader, mask_BT.sum(1))
+    return tokens_BT, mask_BT
 
 
 def _check_spill(spill: str) -> None:
@@ -363,6 +371,12 @@ def _columns(tokens_BT: np.ndarray, start_B: np.ndarray, size: int) -> np.ndarra
     return np.take_along_axis(tokens_BT, columns, axis=1)
 
 
+def _most_tokens(config: ModelConfig, rows: int) -> int:
+    """Tokens of each row that an open window takes at a time, by `OPEN_BYTES`: a power of two, or the window."""
+    most = OPEN_BYTES // (4 * rows * config.n_heads * config.window)
+    return min(config.window, max(memories.power_of_two(most + 1) // 2, OPEN_TOKENS))
+
+
 def _extend_rows(
     config: ModelConfig,
     params: Any,
@@ -380,8 +394,7 @@ def _extend_rows(
     Also, for each time, the first token of each row, how many, and what `look` (see `_extend`) made of them.
     """
     W, local_B, looks = config.window, np.asarray(reader.local.length_B), []
-    most = OPEN_BYTES // (4 * len(local_B) * config.n_heads * W)
-    most = min(W, max(memories.power_of_two(most + 1) // 2, OPEN_TOKENS))
+    most = _most_tokens(config, len(local_B))
     while (start_B < end_B).any():
         full_B = (local_B >= W) & (start_B < end_B)
         local_B = local_B - full_B * _spilled(W, spill)

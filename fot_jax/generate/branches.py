@@ -19,15 +19,7 @@ import numpy as np
 from fot_jax import losses
 from fot_jax import memory as memories
 from fot_jax.config import ModelConfig
-from fot_jax.generate import (
-    Reader,
-    _check_room,
-    _check_rows,
-    _check_spill,
-    _check_tokens,
-    _extend_rows,
-    _flush_left,
-)
+from fot_jax.generate import Reader, _check_next, _extend_rows, _flush_left
 
 Array = jax.Array
 
@@ -90,17 +82,13 @@ def score(
     Raises:
         ValueError: as `extend`; a row that has read nothing, whose first token nothing predicts.
     """
-    tokens_BT, mask_BT, _ = _check_tokens(config, tokens_BT, None, attention_mask)
-    _check_spill(spill)
     reading = memories.Reading(memory, k, score_bytes)
-    _check_rows(reader, tokens_BT)
+    tokens_BT, mask_BT = _check_next(config, reader, tokens_BT, attention_mask, spill)
     count_B, read_B = mask_BT.sum(1), np.asarray(reader.length_B)
     if (nothing_B := (count_B > 0) & (read_B == 0)).any():
         raise ValueError(f"row {int(np.argmax(nothing_B))} has read nothing; wanted a token before those to be scored")
-    _check_room(config, reader, count_B)
-    flat_BT, first_B = _flush_left(tokens_BT, mask_BT), np.zeros_like(count_B)
-    given = reader, flat_BT, first_B, count_B, spill, reading, progress
-    reader, found = _extend_rows(config, params, *given, look=_likelihoods)
+    given = _flush_left(tokens_BT, mask_BT), np.zeros_like(count_B), count_B
+    reader, found = _extend_rows(config, params, reader, *given, spill, reading, progress, look=_likelihoods)
     log_p_BT, likeliest_BT = np.zeros(mask_BT.shape, np.float32), np.ones(mask_BT.shape, bool)
     column_BT = np.argsort(~mask_BT, axis=1, kind="stable")  # of each row's n-th token
     for start_B, now_B, scores in found:

@@ -15,7 +15,7 @@ import numpy as np
 from fot_jax import attention, model
 from fot_jax import memory as memories
 from fot_jax.config import ModelConfig
-from fot_jax.generate import OPEN_BYTES, OPEN_TOKENS, Reader, _check_room, _check_rows, _check_tokens, _with_room
+from fot_jax.generate import OPEN_TOKENS, Reader, _check_room, _check_rows, _check_tokens, _most_tokens, _with_room
 from fot_jax.memory.stored import loaded
 
 Array = jax.Array
@@ -127,8 +127,7 @@ def surroundings(
     if at_Q.ndim != 1 or not at_Q.size or at_Q.min() < 0 or at_Q.max() >= T:
         raise ValueError(f"queries are those of tokens {at_Q.tolist()}; wanted one or more of 0..{T - 1}")
     # Some tokens at a time, as their scores in the open window are bounded; few shapes, so that few programs serve all.
-    most = memories.power_of_two(OPEN_BYTES // (4 * B * config.n_heads * config.window) + 1) // 2
-    width = min(config.window, max(most, OPEN_TOKENS), memories.power_of_two(max(T, OPEN_TOKENS)))
+    width = min(_most_tokens(config, B), memories.power_of_two(max(T, OPEN_TOKENS)))
     options = dict(k=k, first=first, around=around, reading=reading)
     if np.any(np.asarray(reader.local.length_B) >= config.window):
         reader = _spilled(config, reader)
